@@ -1,0 +1,128 @@
+"""GRPO: group-relative advantages on a reward model's score, k3 KL to the reference in the loss.
+
+    rlhf-jax train --config configs/grpo.py --config.data.train=…jsonl --config.init_from=runs/sft --config.reward_from=runs/reward --workdir runs/grpo
+    rlhf-jax train --config configs/grpo.py:tiny --workdir runs/grpo_tiny      two steps in CI, seconds on a CPU
+
+`:demo` holds the values that `make demo` trains with (experiments/demo/pipeline.py sets its files).
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.data import sample_file
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.network = "policy"  # which network trains: policy | reward
+    c.init_from = ""  # a run's workdir or checkpoint; "" draws fresh parameters
+    c.trainable = ".*"  # regular expression over parameter paths; what does not match stays frozen
+    c.reference_from = "init"  # "" = none; "init" = the initial policy; or a run
+    c.reward_from = ""  # a reward model's run; or
+    c.reward_fn = ""  # dotted path of a function (prompts, responses, references) -> scores
+    c.reward_normalise = True  # by the mean and deviation stored with the reward model
+    c.fused = True  # one jitted iteration where the reward allows it
+    c.critic = ConfigDict(dict(kind="none", init_from=""))  # none | shared (trunk) | separate; init_from: policy | a run | ""
+
+    c.objective = ConfigDict(dict(
+        name="grpo", beta=0.04, clip_low=0.2, clip_high=0.2, advantage_eps=1e-4, missing_eos_penalty=1.0,
+    ))
+
+    c.model = ConfigDict(dict(
+        vocab_size=32_000,  # tokens, at least the tokenizer's
+        hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp=5632,  # 1 B parameters
+        context=2048,  # tokens
+        rope_theta=10_000.0, norm_eps=1e-5, tied=False, dropout=0.0,
+        param_dtype="float32", compute_dtype="bfloat16",
+        scan_layers=True, remat="full",
+        logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
+    ))  # fmt: skip
+    c.tokenizer = ConfigDict(dict(kind="inherit", path="", vocab_size=0))  # byte | bpe (trained on data.train) | file | inherit (init_from's)
+
+    c.data = ConfigDict(dict(
+        kind="prompt",
+        train="",  # JSONL file or folder
+        valid="",
+        template="plain",  # chat template: a name in rlhf_jax/data/templates or a file
+        max_length=2048,  # tokens of a row
+        prompt_length=1024,  # tokens; longer prompts are an error
+        pack=False,  # several rows per sequence, attention kept apart
+        overlong="error",  # error | truncate | skip, counted
+        cache="",  # folder of prepared data; "" = ~/.cache/rlhf_jax
+    ))  # fmt: skip
+
+    c.run = ConfigDict(dict(
+        steps=1000,  # batches; 0 = as many as data_epochs needs
+        data_epochs=0.0,
+        batch_size=256,  # completions per iteration
+        microbatches=4,  # gradient accumulation
+        epochs=1,  # passes over a batch
+        minibatches=1,  # updates per pass
+        max_nonfinite=10,  # skipped updates in a row after which the run stops
+    ))  # fmt: skip
+    c.sampling = ConfigDict(dict(
+        group_size=8,  # samples per prompt
+        max_new_tokens=512, temperature=1.0, top_k=0, top_p=1.0,
+    ))  # fmt: skip
+
+    c.optimizer = ConfigDict(dict(
+        name="adamw",  # adamw | muon
+        lr=1e-6, schedule="constant", warmup_steps=100, end_lr_ratio=1.0,
+        b1=0.9, b2=0.999, eps=1e-8, muon_beta=0.95,
+        weight_decay=0.01,  # not on norms and biases
+        clip_norm=1.0,  # global; 0 = off
+        ema_decay=0.0,  # evaluate a moving average of the parameters; 0 = off
+        moment_dtype="float32",
+    ))  # fmt: skip
+
+    c.validation = ConfigDict(dict(
+        every=0,  # batches; 0 = never
+        batches=0,  # 0 = the whole set
+        metric="eval/objective/score", mode="max",  # what early stopping and the best checkpoint go by
+        patience=0,  # validations without improvement after which the run stops; 0 = never
+    ))  # fmt: skip
+    c.checkpoint = ConfigDict(dict(every=100, keep=2))  # batches; newest kept
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
+    c.log = ConfigDict(dict(every=10, samples=4, tensorboard=True, wandb=""))  # wandb: a project's name
+
+    if arg == "tiny":
+        _tiny(c)
+    elif arg == "demo":
+        _demo(c)
+    elif arg:
+        raise ValueError(f"configs/grpo.py:{arg}: the variants are tiny and demo")
+    return c
+
+
+def _small_model(c: ConfigDict) -> None:
+    c.model.update(
+        vocab_size=264, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=176, context=128, norm_eps=1e-6,
+        compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
+    )  # fmt: skip
+    c.tokenizer.kind = "byte"
+    c.mesh.update(data=1, fsdp=1, devices=1)
+
+
+def _tiny(c: ConfigDict) -> None:
+    _small_model(c)
+    c.data.update(train=sample_file("prompt"), valid=sample_file("prompt"), prompt_length=48)
+    c.run.update(steps=4, batch_size=8, microbatches=2)
+    c.reward_fn, c.reward_normalise = "rlhf_jax.rewards.rules.brevity", False
+    c.sampling.update(group_size=4, max_new_tokens=8)
+    c.optimizer.update(lr=1e-3, warmup_steps=0)
+    c.validation.update(every=2, batches=1)
+    c.checkpoint.every = 1
+    c.log.update(every=1, tensorboard=False)
+
+
+def _demo(c: ConfigDict) -> None:
+    """Tuned on two cores; see BUILD_NOTES.md."""
+    _small_model(c)
+    c.tokenizer.kind = "inherit"
+    c.data.update(prompt_length=48)
+    c.objective.update(beta=0.3)
+    c.run.update(steps=150, batch_size=128, microbatches=1)
+    c.sampling.update(group_size=8, max_new_tokens=16)
+    c.optimizer.update(lr=1e-4, warmup_steps=10)
+    c.validation.update(every=50)
+    c.checkpoint.update(every=50, keep=3)

@@ -1,0 +1,113 @@
+"""A Bradley-Terry reward model on preference pairs, usually started from the SFT policy.
+
+    rlhf-jax train --config configs/reward.py --config.data.train=…jsonl --config.init_from=runs/sft --workdir runs/reward
+    rlhf-jax train --config configs/reward.py:tiny --workdir runs/reward_tiny      two steps in CI, seconds on a CPU
+
+`:demo` holds the values that `make demo` trains with (experiments/demo/pipeline.py sets its files).
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.data import sample_file
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.network = "reward"  # which network trains: policy | reward
+    c.init_from = ""  # a run's workdir or checkpoint; "" draws fresh parameters
+    c.trainable = ".*"  # regular expression over parameter paths; what does not match stays frozen
+    c.reference_from = ""  # "" = none; "init" = the initial policy; or a run
+
+    c.objective = ConfigDict(dict(name="reward", center_coef=0.0))
+
+    c.model = ConfigDict(dict(
+        vocab_size=32_000,  # tokens, at least the tokenizer's
+        hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp=5632,  # 1 B parameters
+        context=2048,  # tokens
+        rope_theta=10_000.0, norm_eps=1e-5, tied=False, dropout=0.0,
+        param_dtype="float32", compute_dtype="bfloat16",
+        scan_layers=True, remat="full",
+        logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
+    ))  # fmt: skip
+    c.tokenizer = ConfigDict(dict(kind="inherit", path="", vocab_size=0))  # byte | bpe (trained on data.train) | file | inherit (init_from's)
+
+    c.data = ConfigDict(dict(
+        kind="preference",
+        train="",  # JSONL file or folder
+        valid="",
+        template="plain",  # chat template: a name in rlhf_jax/data/templates or a file
+        max_length=2048,  # tokens of a row
+        prompt_length=1024,  # tokens; longer prompts are an error
+        pack=False,  # several rows per sequence, attention kept apart
+        overlong="truncate",  # error | truncate | skip, counted
+        cache="",  # folder of prepared data; "" = ~/.cache/rlhf_jax
+    ))  # fmt: skip
+
+    c.run = ConfigDict(dict(
+        steps=0,  # batches; 0 = as many as data_epochs needs
+        data_epochs=1.0,
+        batch_size=64,  # rows
+        microbatches=1,  # gradient accumulation
+        epochs=1,  # passes over a batch
+        minibatches=1,  # updates per pass
+        max_nonfinite=10,  # skipped updates in a row after which the run stops
+    ))  # fmt: skip
+
+    c.optimizer = ConfigDict(dict(
+        name="adamw",  # adamw | muon
+        lr=1e-5, schedule="cosine", warmup_steps=100, end_lr_ratio=0.1,
+        b1=0.9, b2=0.999, eps=1e-8, muon_beta=0.95,
+        weight_decay=0.01,  # not on norms and biases
+        clip_norm=1.0,  # global; 0 = off
+        ema_decay=0.0,  # evaluate a moving average of the parameters; 0 = off
+        moment_dtype="float32",
+    ))  # fmt: skip
+
+    c.validation = ConfigDict(dict(
+        every=0,  # batches; 0 = never
+        batches=0,  # 0 = the whole set
+        metric="eval/reward/accuracy", mode="max",  # what early stopping and the best checkpoint go by
+        patience=0,  # validations without improvement after which the run stops; 0 = never
+    ))  # fmt: skip
+    c.checkpoint = ConfigDict(dict(every=500, keep=2))  # batches; newest kept
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
+    c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name
+
+    if arg == "tiny":
+        _tiny(c)
+    elif arg == "demo":
+        _demo(c)
+    elif arg:
+        raise ValueError(f"configs/reward.py:{arg}: the variants are tiny and demo")
+    return c
+
+
+def _small_model(c: ConfigDict) -> None:
+    c.model.update(
+        vocab_size=264, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=176, context=128, norm_eps=1e-6,
+        compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
+    )  # fmt: skip
+    c.tokenizer.kind = "byte"
+    c.mesh.update(data=1, fsdp=1, devices=1)
+
+
+def _tiny(c: ConfigDict) -> None:
+    _small_model(c)
+    c.data.update(train=sample_file("preference"), valid=sample_file("preference"), max_length=64, prompt_length=48)
+    c.run.update(steps=4, data_epochs=0.0, batch_size=4, microbatches=2)
+    c.optimizer.update(lr=1e-3, warmup_steps=0)
+    c.validation.update(every=2, batches=1)
+    c.checkpoint.every = 1
+    c.log.update(every=1, tensorboard=False)
+
+
+def _demo(c: ConfigDict) -> None:
+    """Tuned on two cores; see BUILD_NOTES.md."""
+    _small_model(c)
+    c.tokenizer.kind = "inherit"
+    c.data.update(max_length=64, prompt_length=48)
+    c.run.update(steps=400, data_epochs=0.0, batch_size=64)
+    c.optimizer.update(lr=1e-3, warmup_steps=20)
+    c.validation.update(every=50)
+    c.checkpoint.every = 200

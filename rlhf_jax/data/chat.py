@@ -1,0 +1,192 @@
+"""Chat templates: a conversation to text, and which characters of it the assistant says.
+
+A template runs in a process of its own (`template_worker.py`): jinja2's immutable sandbox does not stop `'a' * 10**9` or nested
+loops, so the worker has a memory limit and the caller a clock. `{% generation %}…{% endgeneration %}` marks the assistant's text,
+through marks around the block that are removed after rendering, so it works inside macros and captured blocks as well.
+A template without the block falls back to prefix differences: what a message adds to the conversation before it, without the header
+that `add_generation_prompt` writes.
+Deviation: the usual tooling gives an all-zero mask there (huggingface/transformers `return_assistant_tokens_mask`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+
+from rlhf_jax.data import template_worker
+from rlhf_jax.data.records import Message
+from rlhf_jax.data.tokenizer import unused_characters
+from rlhf_jax.errors import UserError, nearest
+
+Span = tuple[int, int]
+_KEY = "config.data.template"
+
+
+class ChatTemplate:
+    """A named or given template.
+
+    Args:
+      source: the jinja text.
+      name: how messages call it.
+      variables: what the template may read besides messages, e.g. {"bos_token": "<|bos|>"}.
+    """
+
+    def __init__(self, source: str, *, name: str = "template", variables: Mapping[str, str] | None = None) -> None:
+        self.source, self.name, self.variables = source, name, dict(variables or {})
+        self._worker: _Worker | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, name: str, *, variables: Mapping[str, str] | None = None) -> ChatTemplate:
+        """A shipped template by name, or any by file path.
+
+        Raises:
+          UserError: it is neither.
+        """
+        folder = importlib.resources.files("rlhf_jax.data") / "templates"
+        shipped = {item.name.removesuffix(".jinja"): item for item in folder.iterdir() if item.name.endswith(".jinja")}
+        if name in shipped:
+            return cls(shipped[name].read_text(encoding="utf-8"), name=name, variables=variables)
+        if not os.path.isfile(name):
+            raise UserError(f"{_KEY} expected a shipped template or a file, got {name!r}{nearest(name, shipped)}; check the name")
+        try:
+            with open(name, encoding="utf-8-sig") as stream:
+                return cls(stream.read(), name=name, variables=variables)
+        except UnicodeDecodeError:
+            raise UserError(f"{_KEY} expected a UTF-8 text file, got {name!r}; save it as UTF-8") from None
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of all that decides what is rendered."""
+        return hashlib.sha256(json.dumps([self.source, sorted(self.variables.items())]).encode()).hexdigest()
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The conversation as text, and the character spans [start, end) of what the assistant says, in order.
+
+        Args:
+          messages: the turns.
+          add_generation_prompt: end with the header after which the assistant speaks.
+
+        Raises:
+          UserError: the template is no jinja, refuses the conversation, exceeds its limits, or its spans cannot be told.
+        """
+        text, spans = self._marked(messages, add_generation_prompt)
+        if self._worker is not None and self._worker.marks_assistant:
+            return text, spans
+        return text, [self._difference(messages, i, text) for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        opening, closing = unused_characters([self.source, *(message["content"] for message in messages)], 2)
+        variables = dict(self.variables, messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt)
+        text = self._ask(dict(variables, **{template_worker.OPEN: opening, template_worker.CLOSE: closing}))
+        clean, spans, length, start = [], [], 0, None
+        for piece in re.split(f"([{opening}{closing}])", text):
+            if piece == opening:
+                start = length if start is None else start
+            elif piece == closing:
+                if start is not None and length > start:
+                    spans.append((start, length))
+                start = None
+            else:
+                clean.append(piece)
+                length += len(piece)
+        return "".join(clean), spans
+
+    def _difference(self, messages: Sequence[Message], index: int, text: str) -> Span:
+        before = self._marked(messages[:index], True)[0]
+        after = self._marked(messages[: index + 1], False)[0]
+        if not (after.startswith(before) and text.startswith(after)):
+            raise UserError(
+                f"{_KEY} expected a template whose every turn only adds text, got {self.name!r}, which rewrites turn {index}; "
+                "put {% generation %}…{% endgeneration %} around what the assistant says"
+            )
+        start, end = len(before), len(after)
+        content = messages[index]["content"].strip()
+        behind = after.find(content, start) + len(content) if content in after[start:] else start
+        tail = after[behind:end]
+        if tail.strip():  # white space behind the end token is layout, not speech
+            end -= len(tail) - len(tail.rstrip())
+        return start, end
+
+    def _ask(self, variables: Mapping[str, object]) -> str:
+        with self._lock:
+            try:
+                if self._worker is None or self._worker.dead:
+                    self._worker = _Worker(self.source)
+                return self._worker.ask({"variables": variables})["text"]
+            except _Refused as error:
+                got = f"{self.name!r}: {error}"
+                raise UserError(f"{_KEY} expected a template that renders the conversation, got {got}; correct it") from None
+
+
+class _Refused(Exception):
+    """Why the worker has no text."""
+
+
+class _Worker:
+    """One rendering process; it ends with its owner."""
+
+    def __init__(self, source: str) -> None:
+        command = [sys.executable, "-I", os.path.abspath(template_worker.__file__)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._finalizer = weakref.finalize(self, _end, self._process)
+        self._rest = b""
+        self.dead = False
+        try:
+            self.marks_assistant: bool = self.ask({"source": source}, seconds=4 * template_worker.SECONDS)["generation"]  # starts Python
+        except _Refused:
+            self.close()
+            raise
+
+    def ask(self, question: Mapping[str, object], seconds: float = template_worker.SECONDS) -> dict:
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+            reply = json.loads(self._line(time.monotonic() + seconds, seconds))
+        except BrokenPipeError:
+            self.close()
+            raise _Refused("its process ended") from None
+        if "error" in reply:
+            raise _Refused(reply["error"])
+        return reply
+
+    def _line(self, deadline: float, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            pieces = [self._rest]
+            while b"\n" not in pieces[-1]:
+                if not selector.select(max(deadline - time.monotonic(), 0)):
+                    self.close()
+                    raise _Refused(f"it took more than {seconds:g} s")
+                pieces.append(os.read(self._process.stdout.fileno(), 1 << 20))
+                if not pieces[-1]:
+                    self.close()
+                    raise _Refused("its process ended")
+        line, self._rest = b"".join(pieces).split(b"\n", 1)
+        return line
+
+    def close(self) -> None:
+        self.dead = True
+        self._finalizer()
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    process.wait()

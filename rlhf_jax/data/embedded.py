@@ -1,0 +1,142 @@
+"""The embedded tasks, written as JSONL from a seed: two small ones with checkable answers, and a plain corpus.
+
+sort: "Sort these digits: 5 3 9 1" → "1 3 5 9". arithmetic: "What is 7 + 5?" → "<answer>12</answer>". Demonstrations are flawed
+*systematically*: a stated share is written the wrong way in the same manner (descending order; the tag <result>), because noise that
+is independent from row to row averages out, and SFT alone would then reach the ceiling. The splits are disjoint by content, not by
+wording: by the multiset of digits, and by the unordered operands with the operator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_jax.errors import UserError, nearest
+
+FLAWED = 0.6  # share of demonstrations with the flaw: most, so that imitation prefers it
+SPLITS = {"sft": "sft.jsonl"} | {split: f"{split}_prompts.jsonl" for split in ("rm", "rl", "valid", "test")}
+SIZES: dict[str, dict[str, int]] = {  # rows, each of a content of its own
+    "sort": {"sft": 3000, "rm": 1500, "rl": 2000, "valid": 256, "test": 512},
+    "arithmetic": {"sft": 900, "rm": 300, "rl": 400, "valid": 100, "test": 200},
+    "lm": {"text": 120, "valid": 12},
+}
+Content = tuple[Any, ...]
+_SMALL, _LARGE = 10, 100  # operands: one below 10, one below 100, so that a model of 0.1 M parameters learns the sums in a minute
+
+
+def write_task(
+    task: str, folder: str | os.PathLike[str], *, sizes: Mapping[str, int] | None = None, seed: int = 0, flawed: float = FLAWED
+) -> dict[str, str]:
+    """Writes a task's files, the same bytes for the same arguments.
+
+    sort and arithmetic: `sft.jsonl` (messages), and `rm_prompts`, `rl_prompts`, `valid_prompts`, `test_prompts.jsonl` (prompt).
+    lm: `text.jsonl` and `valid_text.jsonl` (text).
+
+    Args:
+      task: sort, arithmetic or lm.
+      folder: created if missing.
+      sizes: rows of some splits, in place of `SIZES[task]`.
+      seed: decides which content falls into which split, wording and flaws.
+      flawed: share of flawed demonstrations in [0, 1]; that many rows exactly, rounded.
+
+    Returns:
+      the path of every split.
+
+    Raises:
+      UserError: an unknown task or split, a size below 1, or more rows than distinct contents.
+    """
+    if task not in SIZES:
+        raise UserError(f"embedded task expected one of {', '.join(SIZES)}, got {task!r}{nearest(task, SIZES)}; correct it")
+    if not 0 <= flawed <= 1:
+        raise UserError(f"embedded task {task} flawed expected a share between 0 and 1, got {flawed}; correct it")
+    wanted = dict(SIZES[task])
+    for split, size in (sizes or {}).items():
+        if split not in wanted:
+            raise UserError(f"embedded task {task} sizes expected a split, got {split!r}{nearest(split, wanted)}; correct it")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"embedded task {task} size of {split} expected a positive whole number, got {size!r}; raise it")
+        wanted[split] = size
+    rng = random.Random(f"{task}-{seed}")
+    pool, names = _CONTENTS[task](), {"text": "text.jsonl", "valid": "valid_text.jsonl"} if task == "lm" else SPLITS
+    if sum(wanted.values()) > len(pool):
+        raise UserError(
+            f"embedded task {task} sizes expected at most {len(pool)} rows over all splits (that many contents are distinct), "
+            f"got {sum(wanted.values())}; lower some"
+        )
+    rng.shuffle(pool)
+    os.makedirs(folder, exist_ok=True)
+    paths, begin = {}, 0
+    for split, size in wanted.items():
+        contents, begin = pool[begin : begin + size], begin + size
+        if split == "sft":
+            wrong = set(rng.sample(range(size), round(flawed * size)))
+            rows = [_demonstration(*_ASK[task](content, rng), flawed=i in wrong) for i, content in enumerate(contents)]
+        elif task == "lm":
+            rows = [{"text": _story(content, rng)} for content in contents]
+        else:
+            rows = [{"prompt": _ASK[task](content, rng)[0]} for content in contents]
+        paths[split] = os.path.join(folder, names[split])
+        _write(paths[split], rows)
+    return paths
+
+
+def _write(path: str, rows: list[dict[str, Any]]) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def _demonstration(question: str, right: str, wrong: str, *, flawed: bool) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": wrong if flawed else right}]}
+
+
+def _sort_contents() -> list[Content]:
+    """Multisets of 3 to 6 digits, without those that read the same both ways."""
+    sets = itertools.chain.from_iterable(itertools.combinations_with_replacement("0123456789", n) for n in (3, 4, 5, 6))
+    return [digits for digits in sets if digits[0] != digits[-1]]
+
+
+def _sort_ask(content: Content, rng: random.Random) -> tuple[str, str, str]:
+    shown = rng.sample(content, len(content))
+    return f"Sort these digits: {' '.join(shown)}", " ".join(sorted(content)), " ".join(sorted(content, reverse=True))
+
+
+def _arithmetic_contents() -> list[Content]:
+    """(operator, smaller, larger) with smaller < 10, larger < 100."""
+    return [(operator, a, b) for operator in "+-" for a in range(_SMALL) for b in range(a, _LARGE)]
+
+
+def _arithmetic_ask(content: Content, rng: random.Random) -> tuple[str, str, str]:
+    operator, small, large = content
+    first, second = (small, large) if operator == "+" and rng.random() < 0.5 else (large, small)
+    result = first + second if operator == "+" else first - second
+    wording = rng.choice(("What is {}?", "Compute {}.", "Calculate {}."))
+    return wording.format(f"{first} {operator} {second}"), f"<answer>{result}</answer>", f"<result>{result}</result>"
+
+
+_PEOPLE = ("Ada", "Ben", "Clara", "Dario", "Emma", "Farid", "Greta", "Hugo")
+_PLACES = {"harbour": "boats", "market": "apples", "library": "old maps", "mill": "sacks of flour", "garden": "roses", "station": "trains"}
+_WEATHER = {"rain": "the streets shone", "snow": "every sound was soft", "wind": "the shutters rattled", "sun": "the walls were warm"}
+_FINDS = ("a brass key", "a letter without a name", "a blue button", "a map of the coast")
+
+
+def _lm_contents() -> list[Content]:
+    return list(itertools.product(_PEOPLE, _PLACES, _WEATHER, _FINDS))
+
+
+def _story(content: Content, rng: random.Random) -> str:
+    person, place, weather, find = content
+    hour, count = rng.choice(("early", "at noon", "in the evening")), rng.choice(("two", "three", "seven", "a dozen"))
+    friend = rng.choice([name for name in _PEOPLE if name != person])
+    ending = rng.choice((f"{friend} laughed and kept it.", f"{friend} had lost it a year before.", "They put it back where it had been."))
+    sky = {"rain": "It rained", "snow": "It snowed", "wind": "The wind blew", "sun": "The sun shone"}[weather]
+    return f"{person} went to the {place} {hour}. {sky}, and {_WEATHER[weather]}. Among {count} {_PLACES[place]} lay {find}. {ending}"
+
+
+_CONTENTS: dict[str, Callable[[], list[Content]]] = {"sort": _sort_contents, "arithmetic": _arithmetic_contents, "lm": _lm_contents}
+_ASK: dict[str, Callable[[Content, random.Random], tuple[str, str, str]]] = {"sort": _sort_ask, "arithmetic": _arithmetic_ask}

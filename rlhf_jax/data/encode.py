@@ -1,0 +1,202 @@
+"""Records to arrays: render the conversation once, tokenize once, read the mask off the offsets.
+
+The first token of a response and its end-of-turn token are trained on; the prompt and the header are not. Position 0 never is: law 1
+makes its log-prob zero. Contents are shielded, so that control strings inside a message stay text. `Encoder` also applies the length
+policy: a prompt longer than the context or a row without loss tokens stops with file:line, and a response that runs over it is an
+error, cut, or left out, by `config.data.overlong`, counted in `Stats`.
+Deviation: a long document is cut into chunks that overlap by one token, so that every token but the first is trained exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.records import Demo, Message, Messages, Preference, Prompt, Record, Text, where
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError, nearest
+
+OVERLONG = ("error", "truncate", "skip")
+Row = dict[str, Any]  # one row of the prepared set: arrays, text as str
+
+
+@dataclasses.dataclass
+class Stats:
+    """What became of a file's rows."""
+
+    read: int = 0  # rows of the file
+    kept: int = 0  # rows written; more than `read` where documents were cut into chunks
+    truncated: int = 0  # rows cut at the context
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)  # rows left out, by reason
+    identical: int = 0  # pairs whose two branches are the same tokens: they teach nothing
+    margins: int = 0  # pairs with a margin
+    tokens: int = 0
+    loss_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {"skipped": dict(self.skipped)}
+
+
+class Encoder:
+    """Turns records of any kind into rows of one prepared set.
+
+    Args:
+      tokenizer: ids and offsets.
+      template: the conversation's layout; None serves plain text only.
+      max_length: tokens of context, T ≥ 2; demonstrations, pairs and text.
+      prompt_length: tokens of prompt, P ≥ 1; prompts only.
+      overlong: error, truncate or skip.
+
+    Raises:
+      UserError: an option is out of range, or the template does not fit the tokenizer.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, *, max_length: int, prompt_length: int | None, overlong: str
+    ) -> None:
+        if overlong not in OVERLONG:
+            raise UserError(f"config.data.overlong expected one of {', '.join(OVERLONG)}, got {overlong!r}{nearest(overlong, OVERLONG)}")
+        for key, value, least in (("max_length", max_length, 2), ("prompt_length", 1 if prompt_length is None else prompt_length, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"config.data.{key} expected a whole number of tokens, at least {least}, got {value!r}; raise it")
+        self.tokenizer, self.template, self.stats = tokenizer, template, Stats()
+        self.max_length, self.prompt_length, self.overlong = max_length, prompt_length, overlong
+        if template is not None:
+            self._check_template(template)
+
+    def __call__(self, record: Record) -> Iterator[Row]:
+        """The rows that a record becomes: one, none (skipped), or several (chunks of a document)."""
+        self.stats.read += 1
+        rows = {Demo: self._demo, Preference: self._preference, Prompt: self._prompt, Text: self._text}[type(record)](record)  # type: ignore[operator]
+        for row in rows:
+            self.stats.kept += 1
+            yield row | {"source": record.source, "line": record.line}
+
+    def conversation(self, messages: Messages, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [n] int32 and loss mask [n] bool of a conversation; the first `context` messages are not trained on."""
+        hidden, stand = self._shielded(messages)
+        text, spans = self._template.render(hidden)
+        begin = 0
+        if context:
+            prompt, _ = self._template.render(hidden[:context], add_generation_prompt=True)
+            begin = len(prompt)
+            if not text.startswith(prompt):
+                raise UserError(
+                    f"config.data.template expected prompts to render as beginnings of conversations, got {self._template.name!r}, "
+                    "which renders them differently; write the same header for add_generation_prompt as for an assistant message"
+                )
+        text, literal = self.tokenizer.unshield(text, stand)
+        tokens, offsets = self.tokenizer.encode(text, literal=literal)
+        mask = np.zeros(len(tokens), bool)
+        for start, end in spans:
+            mask |= (offsets[:, 0] < end) & (offsets[:, 1] > max(start, begin))
+        mask[:1] = False
+        return tokens, mask
+
+    def prompt(self, messages: Messages) -> np.ndarray:
+        """Tokens [n] int32 of a conversation up to where the assistant speaks, its header included."""
+        hidden, stand = self._shielded(messages)
+        text, literal = self.tokenizer.unshield(self._template.render(hidden, add_generation_prompt=True)[0], stand)
+        return self.tokenizer.encode(text, literal=literal)[0]
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            raise UserError("config.data.template expected a template for conversations, got none; name one, for example 'plain'")
+        return self.template
+
+    def _shielded(self, messages: Messages):
+        contents, stand = self.tokenizer.shield([message["content"] for message in messages])
+        return tuple(Message(role=message["role"], content=content) for message, content in zip(messages, contents)), stand
+
+    def _check_template(self, template: ChatTemplate) -> None:
+        turns = (Message(role="user", content="question"), Message(role="assistant", content="answer"))
+        tokens, mask = self.conversation(turns, context=1)
+        if not mask.any() or tokens[mask][-1] != self.tokenizer.end_id:
+            raise UserError(
+                f"config.data.template expected every answer to end with {self.tokenizer.end} inside what the assistant says, got "
+                f"{template.name!r}, which does not; add it there, or name the template's own end token in config.tokenizer.end"
+            )
+
+    def _placed(self, record: Record, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            tokens, mask = self.conversation(messages, context)
+        except UserError as error:
+            raise UserError(f"{where(record)} {error}") from None
+        if not mask.any():
+            raise UserError(f"{where(record)} response expected at least one token to train on, got none; fill it in or remove the row")
+        first = int(mask.argmax())
+        if first >= self.max_length:
+            raise UserError(
+                f"{where(record)} prompt expected fewer than {self.max_length} tokens (config.data.max_length), got {first}; "
+                "shorten it or raise the limit"
+            )
+        return tokens, mask
+
+    def _fits(self, record: Record, length: int) -> bool:
+        """Whether the row is kept, by the policy; cutting is the caller's."""
+        if length <= self.max_length:
+            return True
+        if self.overlong == "error":
+            raise UserError(
+                f"{where(record)} conversation expected at most {self.max_length} tokens (config.data.max_length), got {length}; "
+                "raise the limit, or set config.data.overlong to 'truncate' or 'skip'"
+            )
+        if self.overlong == "skip":
+            self.stats.skipped["longer than config.data.max_length"] += 1
+            return False
+        self.stats.truncated += 1
+        return True
+
+    def _count(self, tokens: np.ndarray, mask: np.ndarray) -> None:
+        self.stats.tokens += len(tokens)
+        self.stats.loss_tokens += int(mask.sum())
+
+    def _demo(self, record: Demo) -> Iterator[Row]:
+        tokens, mask = self._placed(record, record.messages, record.context)
+        if self._fits(record, len(tokens)):
+            tokens, mask = tokens[: self.max_length], mask[: self.max_length]
+            self._count(tokens, mask)
+            yield {"tokens": tokens, "loss_mask": mask}
+
+    def _preference(self, record: Preference) -> Iterator[Row]:
+        branches = [self._placed(record, record.prompt + branch, len(record.prompt)) for branch in (record.chosen, record.rejected)]
+        if not self._fits(record, max(len(tokens) for tokens, _ in branches)):
+            return
+        row: Row = {"margin": np.float32(record.margin or 0.0)}
+        self.stats.margins += int(record.margin is not None)
+        for name, (tokens, mask) in zip(("chosen", "rejected"), branches):
+            row[f"{name}_tokens"], row[f"{name}_mask"] = tokens[: self.max_length], mask[: self.max_length]
+            self._count(row[f"{name}_tokens"], row[f"{name}_mask"])
+        self.stats.identical += int(np.array_equal(row["chosen_tokens"], row["rejected_tokens"]))
+        yield row
+
+    def _prompt(self, record: Prompt) -> Iterator[Row]:
+        try:
+            tokens = self.prompt(record.messages)
+        except UserError as error:
+            raise UserError(f"{where(record)} {error}") from None
+        if self.prompt_length is not None and len(tokens) > self.prompt_length:
+            raise UserError(
+                f"{where(record)} prompt expected at most {self.prompt_length} tokens (config.data.prompt_length), got {len(tokens)}; "
+                "shorten it or raise the limit"
+            )
+        self.stats.tokens += len(tokens)
+        reference = "" if record.reference is None else json.dumps(record.reference)
+        yield {"tokens": tokens, "messages": json.dumps(record.messages), "reference": reference}
+
+    def _text(self, record: Text) -> Iterator[Row]:
+        ids, _ = self.tokenizer.encode(record.text, control=False)
+        tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.end_id]]).astype(np.int32)
+        for start in range(0, len(tokens) - 1, self.max_length - 1):
+            chunk = tokens[start : start + self.max_length]
+            mask = np.arange(len(chunk)) > 0
+            self._count(chunk, mask)
+            yield {"tokens": chunk, "loss_mask": mask}

@@ -1,0 +1,104 @@
+"""The process that renders chat templates: jinja2's immutable sandbox under limits that the sandbox itself does not set.
+
+`'a' * 10**9`, a filter with a huge width or nested loops pass jinja2's sandbox; the address-space limit here stops the first two
+and the clock the third. `chat.py` runs this file as a script, so that it imports nothing but jinja2. One JSON object per line each
+way: {"source"} once, answered by {"generation"}: does the template have the block; then {"variables"} per conversation, answered
+by {"text"}. Either may be answered by {"error"}.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY = 1 << 29  # bytes of address space
+CHARACTERS = 1 << 22  # of one rendered conversation
+SECONDS = 5  # for one conversation; the parent's clock ends a rendering first, this one if the parent is gone
+OPEN, CLOSE = "generation_open", "generation_close"  # variables: the marks put around what the assistant says
+
+
+class Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`: what the assistant says, put between two marks that the parent chose."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2's own protocol
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("mark", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    @staticmethod
+    def mark(context, caller):
+        return context.resolve(OPEN) + caller() + context.resolve(CLOSE)
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox, with the block and white-space settings, filter and function that chat templates expect."""
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    sandbox.globals["raise_exception"] = _refuse
+    return sandbox
+
+
+def _refuse(message):
+    raise TemplateError(str(message))
+
+
+def _limit() -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except (ImportError, ValueError, OSError):
+        pass  # a platform without the limit keeps the clock and the cap on characters
+
+
+def _answer(function, question: str, compiled: dict) -> bool:
+    try:
+        signal.alarm(SECONDS + 1)
+        reply = function(question, compiled)
+        signal.alarm(0)
+    except MemoryError:
+        reply = {"error": f"it needed more than {MEMORY >> 20} MiB"}
+    except Exception as error:
+        reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    sys.stdout.write(json.dumps(reply) + "\n")
+    sys.stdout.flush()
+    return "error" not in reply
+
+
+def _compile(question: str, compiled: dict) -> dict:
+    source = json.loads(question)["source"]
+    sandbox = environment()
+    compiled["template"] = sandbox.from_string(source)
+    marks = sandbox.parse(source).find_all(nodes.ExtensionAttribute)
+    return {"generation": any(mark.identifier == Generation.identifier for mark in marks)}
+
+
+def _render(question: str, compiled: dict) -> dict:
+    size, pieces = 0, []
+    for piece in compiled["template"].generate(**json.loads(question)["variables"]):
+        size += len(piece)
+        if size > CHARACTERS:
+            return {"error": f"it wrote more than {CHARACTERS} characters"}
+        pieces.append(piece)
+    return {"text": "".join(pieces)}
+
+
+def main() -> None:
+    """Compiles the template named on the first line, then renders one conversation per line until the input closes."""
+    _limit()
+    compiled: dict = {}
+    if _answer(_compile, sys.stdin.readline(), compiled):
+        for question in sys.stdin:
+            _answer(_render, question, compiled)
+
+
+if __name__ == "__main__":
+    main()

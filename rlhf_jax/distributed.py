@@ -1,0 +1,78 @@
+"""All that knows of several hosts or devices: start-up, the mesh, host-local rows → global arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def initialize(multihost: bool) -> None:
+    """Joins the other hosts of a pod (`jax.distributed`); nothing to do on one host.
+
+    Args:
+      multihost: config.mesh.multihost.
+    """
+    if multihost and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def is_lead() -> bool:
+    """Whether this process writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def host() -> tuple[int, int]:
+    """(index, count) of this process, for slicing the global batch."""
+    return jax.process_index(), jax.process_count()
+
+
+def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
+    """The mesh of axes `data`, `fsdp`, `tensor`.
+
+    Args:
+      sizes: devices along each axis; one of them may be -1, which takes what is left.
+      devices: use this many devices only; 0 = all.
+
+    Raises:
+      UserError: the product of the sizes is not the number of devices.
+    """
+    available = jax.devices()
+    if devices > len(available):
+        raise UserError(f"config.mesh.devices = {devices}, but {len(available)} are here: choose at most that, or 0 for all")
+    chosen = available[:devices] if devices else available
+    shape = [int(sizes[axis]) for axis in AXES]
+    said = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"config.mesh has {said}: sizes are positive, and at most one is -1 (what is left)")
+    known = int(np.prod([size for size in shape if size != -1]))
+    if -1 in shape and len(chosen) % known == 0:
+        shape[shape.index(-1)] = len(chosen) // known
+    if int(np.prod(shape)) != len(chosen):
+        raise UserError(
+            f"config.mesh has {said}, which does not match the {len(chosen)} devices here: the product must equal it "
+            f"(one axis may be -1, and config.mesh.devices limits how many are used)"
+        )
+    return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def to_global(batch: PyTree, sharding: NamedSharding) -> PyTree:
+    """This host's NumPy rows as global arrays; with one process a plain placement.
+
+    Args:
+      batch: leaves [B_host, …].
+      sharding: of the leading axis.
+    """
+
+    def place(leaf: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,231 @@
+"""`nets`: what an objective sees of the models. One method per network, one alignment of everything that they return.
+
+`Networks(params, frozen, spec)` is a pytree; `params` is what trains, `frozen` what does not, `spec` the static rest. The step
+differentiates `nets.replace(params=p)`. Methods merge trained and frozen leaves themselves and accept [B, T] or [B, K, T]. The head runs in
+chunks of positions, so that no [B, T, V] array exists, and only at `loss_positions` when a batch names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlhf_jax.models import transformer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.ops import masking, vocab
+from rlhf_jax.types import Array, PyTree, Sequences
+
+VocabFunction = Callable[..., Array]
+Want = tuple[str | VocabFunction, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """Architectures, and the temperature that divides every policy's and reference's logits."""
+
+    policy: ModelConfig | None = None
+    ref: ModelConfig | None = None  # None: the policy's
+    critic: ModelConfig | None = None  # None: a value head on the policy's own trunk
+    reward: ModelConfig | None = None
+    temperature: float = 1.0
+
+
+def merge(first: PyTree, second: PyTree | None) -> PyTree:
+    """One tree of both dict trees' leaves; `first` wins where both have one."""
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return first
+    return {key: merge(first[key], second.get(key)) if key in first else second[key] for key in {**second, **first}}
+
+
+@struct.dataclass
+class Networks:
+    """Trained and frozen networks behind one method each."""
+
+    params: PyTree  # {"policy": …, "critic": …, "reward": …}, those that train
+    frozen: PyTree  # {"base": partial trees that `params` completes, "ref": …, "reward": …}
+    spec: NetworkSpec = struct.field(pytree_node=False)
+    row_chunks: int = struct.field(pytree_node=False, default=1)  # forwards of `prepare` run in this many strided row chunks
+
+    def _tree(self, name: str) -> PyTree:
+        base = self.frozen.get("base", {}).get(name)
+        if name in self.params:
+            return merge(self.params[name], base)
+        if name in self.frozen:
+            return self.frozen[name]
+        if base is None:
+            raise ValueError(f"this run has no {name} network: neither trained nor frozen ({', '.join({**self.params, **self.frozen})})")
+        return base
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a network: "policy", "ref", "critic" or "reward"."""
+        return name in self.params or name in self.frozen or name in self.frozen.get("base", {})
+
+    def policy(self, seqs: Sequences, keys: Array | None = None, want: Want = (vocab.logps,), along: Mapping[str, Array] | None = None
+               ) -> Any:  # fmt: skip
+        """The policy's reading of `seqs`; with "values" in `want`, also the critic's.
+
+        Args:
+          seqs: [B, T] or [B, K, T].
+          keys: [B] typed keys for dropout, or None.
+          want: "values" (V before each token), "scores" (read after each token), "hidden", or functions `(logits, target, **along)`.
+          along: further arrays [B, T, …] that the functions get chunk by chunk.
+
+        Returns:
+          A namespace with one attribute per entry of `want`, each [B, T] ([B, K, T]), law 1's alignment, float32 nats.
+        """
+        chex.assert_rank(seqs.tokens, {2, 3})
+        separate = "values" in want and self.spec.critic is not None
+        mine = tuple(w for w in want if not (separate and w == "values"))
+        out = self._run(_config(self.spec.policy, "policy"), self._tree("policy"), seqs, keys, mine, along) if mine else {}
+        if separate:
+            out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None)
+        return types.SimpleNamespace(**out)
+
+    def ref(self, seqs: Sequences, want: Want = (vocab.logps,)) -> Any:
+        """The reference policy's reading; never trained, never dropped out. As `policy`."""
+        chex.assert_rank(seqs.tokens, {2, 3})
+        own = self.spec.ref is not None
+        tree = self.frozen["ref"] if own else merge(self.frozen["ref"], self.frozen.get("base", {}).get("policy"))
+        config = _config(self.spec.ref if own else self.spec.policy, "ref")
+        return types.SimpleNamespace(**jax.lax.stop_gradient(self._run(config, tree, seqs, None, want, None)))
+
+    def reward(self, seqs: Sequences, keys: Array | None = None) -> Any:
+        """`.scores`, a reward model's reading after each token, [B, T] or [B, K, T]; `masking.at_last_real` picks the row's score."""
+        chex.assert_rank(seqs.tokens, {2, 3})
+        out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None)
+        return types.SimpleNamespace(**out)
+
+    def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
+        """Logits after the last prompt slot and a cache of `slots` slots that holds the prompts.
+
+        Args:
+          tokens, positions, segment_ids: [B, P] int32, padded on the left.
+          slots: size of the cache, ≥ P.
+
+        Returns:
+          logits [B, V] float32, not divided by a temperature; the cache.
+        """
+        chex.assert_rank([tokens, positions, segment_ids], 2)
+        chex.assert_equal_shape([tokens, positions, segment_ids])
+        config, params = _config(self.spec.policy, "policy"), self._tree("policy")
+        mask = jnp.pad(transformer.visibility(segment_ids), ((0, 0), (0, 0), (0, slots - tokens.shape[1])))
+        cache = transformer.empty_cache(config, tokens.shape[0], slots)
+        hidden, cache = transformer.cached(config, params, tokens, positions, mask, cache, 0)
+        return transformer.unembed(config, params, hidden[:, -1]), cache
+
+    def decode(self, token: Array, position: Array, slot: Array, visible: Array, cache: Any) -> tuple[Array, Any]:
+        """Logits after one more token per row.
+
+        Args:
+          token, position: [B] int32.
+          slot: [] int32, the cache slot that the tokens take, the same in every row.
+          visible: [B, S] bool, the slots each row may see, its own new one included.
+          cache: from `prefill` or `decode`.
+
+        Returns:
+          logits [B, V] float32 and the cache.
+        """
+        chex.assert_rank([token, position], 1)
+        chex.assert_equal_shape([token, position])
+        config, params = _config(self.spec.policy, "policy"), self._tree("policy")
+        hidden, cache = transformer.cached(config, params, token[:, None], position[:, None], visible[:, None, :], cache, slot)
+        return transformer.unembed(config, params, hidden[:, 0]), cache
+
+    def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any) -> dict[str, Array]:
+        """Folds branches into rows, runs the forward in row chunks when asked to, and unfolds."""
+        lead = seqs.tokens.shape[:-1]
+        if len(lead) == 2:
+            fold = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+            seqs, along = jax.tree.map(fold, (seqs, along))
+            if keys is not None:
+                keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(lead[1])))(keys).reshape(-1)
+
+        def forward(rows: Any) -> dict[str, Array]:
+            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature)
+
+        rows = (seqs, keys, along)
+        chunks = self.row_chunks
+        if chunks > 1 and lead[0] % chunks == 0:
+            # Strided chunks: the contiguous split of a sharded batch would make the partitioner replicate it.
+            strided = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), rows)
+            out = jax.lax.map(forward, strided)
+            out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+        else:
+            out = forward(rows)
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)
+
+
+def _config(config: ModelConfig | None, name: str) -> ModelConfig:
+    if config is None:
+        raise ValueError(f"this run's NetworkSpec has no {name} network")
+    return config
+
+
+def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float
+             ) -> dict[str, Array]:  # fmt: skip
+    """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
+    hidden = transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys)
+    starts = masking.segment_starts(seqs.segment_ids)
+    out: dict[str, Array] = {}
+    if "hidden" in want:
+        out["hidden"] = hidden
+    if "scores" in want:
+        out["scores"] = jnp.where(seqs.segment_ids != 0, transformer.scalar(config, params, hidden, "score"), 0.0)
+    if "values" in want:
+        after = transformer.scalar(config, params, hidden, "value")
+        out["values"] = jnp.where(starts, 0.0, _shift(after))
+    functions = tuple(w for w in want if not isinstance(w, str))
+    if functions:
+        out |= _head(config, params, hidden, seqs, starts, functions, along or {}, temperature)
+    return out
+
+
+def _shift(x: Array) -> Array:
+    """What was at t − 1 comes to t; slot 0 gets its own, which is masked."""
+    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
+
+
+def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, starts: Array, functions: tuple[VocabFunction, ...],
+          along: Mapping[str, Array], temperature: float) -> dict[str, Array]:  # fmt: skip
+    """The functions of the logits at `loss_positions` (everywhere if None), scattered back to [B, T], zero elsewhere."""
+    at = seqs.loss_positions
+    if at is None:
+        before, target, extra = _shift(hidden), seqs.tokens, dict(along)
+    else:
+        pick = lambda x, index: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+        before, target = pick(hidden, jnp.maximum(at - 1, 0)), pick(seqs.tokens, at)
+        extra = {name: pick(x, at) for name, x in along.items()}
+    values = _chunked(config, params, before, target, extra, functions, temperature)
+    if at is not None:
+        rows = jnp.arange(at.shape[0])[:, None]
+        # Padding positions are 0, a segment start, where law 1 wants a zero whichever write wins.
+        values = {name: jnp.zeros(seqs.tokens.shape, x.dtype).at[rows, at].set(x) for name, x in values.items()}
+    return {name: jnp.where(starts, 0.0, x) for name, x in values.items()}
+
+
+def _chunked(config: ModelConfig, params: PyTree, hidden: Array, target: Array, extra: Mapping[str, Array],
+             functions: tuple[VocabFunction, ...], temperature: float) -> dict[str, Array]:  # fmt: skip
+    """`functions` of the logits, [B, R] each, `logits_chunk` positions at a time and recomputed in the backward pass."""
+
+    def evaluate(chunk: Any) -> dict[str, Array]:
+        h, t, along = chunk
+        logits = transformer.unembed(config, params, h)
+        if temperature != 1.0:
+            logits = logits / temperature
+        return {f.__name__: f(logits, t, **along) for f in functions}
+
+    length, size = target.shape[1], config.logits_chunk
+    if size == 0 or length <= size:
+        return evaluate((hidden, target, extra))
+    count = -(-length // size)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+    split = lambda x: pad(x).reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    out = jax.lax.map(jax.checkpoint(evaluate), jax.tree.map(split, (hidden, target, dict(extra))))
+    return {name: x.swapaxes(0, 1).reshape(x.shape[1], count * size)[:, :length] for name, x in out.items()}

@@ -1,0 +1,41 @@
+"""DPO: direct preference optimisation, a reward model and its optimal policy in one classification loss.
+
+    L = −log σ( β [log π(y_w|x) − log π_ref(y_w|x)]  −  β [log π(y_l|x) − log π_ref(y_l|x)] )
+
+See: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). Deviation: none; a response's log-prob is the sum over its tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+
+from rlhf_jax.objectives._pairs import response_logps, reward_metrics
+from rlhf_jax.objectives._reference import reference_logps
+from rlhf_jax.types import Array, Comparisons, Mean
+
+
+def dpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
+    """Unreduced loss, [B] nats.
+
+    Args:
+      chosen: log π(y_w|x) − log π_ref(y_w|x), [B] nats.
+      rejected: log π(y_l|x) − log π_ref(y_l|x), [B] nats.
+      beta: inverse temperature of the implicit reward, > 0.
+
+    See: Rafailov et al. 2023, eq. 7.
+    """
+    chex.assert_rank([chosen, rejected], 1)
+    chex.assert_equal_shape([chosen, rejected])
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected))
+
+
+def loss(nets: Any, batch: Comparisons, keys: Array | None, *, beta: float) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    ref_chosen, ref_rejected = response_logps(reference_logps(batch.seqs, "dpo"), batch.seqs)
+    chosen, rejected = response_logps(nets.policy(batch.seqs, keys).logps, batch.seqs)  # [B] each
+    losses = dpo_loss(chosen - ref_chosen, rejected - ref_rejected, beta=beta)
+    metrics = reward_metrics(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected), batch)
+    metrics |= {"logps/chosen": Mean.of(chosen, batch.real), "logps/rejected": Mean.of(rejected, batch.real)}
+    return {"dpo": Mean.of(losses, batch.real)}, metrics

@@ -1,0 +1,21 @@
+"""LM: maximum likelihood of every token of plain text, from scratch or continued.
+
+    L = mean over the batch's tokens of  −log π(x_t | x_<t)  +  z_loss · (log Σ_v exp z_v)²
+
+See: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", eq. 1. Deviation: none; the maths is SFT's,
+`loss_mask` is ignored, and a segment's first token, which nothing predicts, does not count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from rlhf_jax.objectives import sft
+from rlhf_jax.types import Array, Mean, Sequences
+
+
+def loss(nets: Any, batch: Sequences, keys: Array | None, *, z_loss: float) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    everywhere = batch.replace(loss_mask=jnp.ones_like(batch.loss_mask), loss_positions=None)
+    return sft.loss(nets, everywhere, keys, z_loss=z_loss)

@@ -1,0 +1,143 @@
+"""PPO for RLHF: an actor and a critic on the score of the response less a per-token KL penalty.
+
+    r_t = −c · [log π_old(y_t) − log π_ref(y_t)]  +  [t is the last token] · score
+    A, R = GAE(r, V_old; γ, λ),  A whitened;      c ← c · (1 + clip(KL / kl_target − 1, ±0.2) · n / kl_horizon)
+    L = −min( ρ A, clip(ρ, 1 ± clip) A )  +  value_coef · ½ max( (V − R)², (V_clipped − R)² )  −  entropy_coef · H
+
+The maths runs in `prepare`, over the whole rollout and with the carried coefficient c; `loss` sees data only. Means are over tokens.
+
+See: Ziegler et al. 2019 (arXiv:1909.08593), eq. 2 and section 2.2; Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022
+(arXiv:2203.02155); Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031).
+Deviation: the score sits on the last response token, not one behind it; tokens that the policy did not write are stepped over;
+kl_horizon = inf keeps the coefficient fixed, and kl_coef = 0 needs no reference.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+
+from rlhf_jax.objectives._reference import reference_logps
+from rlhf_jax.objectives._rollouts import filled, log_ratio, penalised, ratio_metrics, raw_scores, rollout_metrics, sequence_kl
+from rlhf_jax.ops import vocab
+from rlhf_jax.ops.advantages import gae
+from rlhf_jax.ops.kl import k1
+from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum, place_at_last, whiten
+from rlhf_jax.ops.policy_gradient import clipped_surrogate, clipped_value_loss, value_is_clipped
+from rlhf_jax.types import Array, Mean, PyTree, Rollout
+
+
+def shaped_scores(scores: Array, *, reward_scale: float, reward_clip: float) -> Array:
+    """clip(reward_scale · score, ±reward_clip), [B].
+
+    Args:
+      scores: [B].
+      reward_scale: > 0; 1 = off.
+      reward_clip: > 0; inf = off.
+    """
+    chex.assert_rank(scores, 1)
+    return jnp.clip(reward_scale * scores, -reward_clip, reward_clip)
+
+
+def token_rewards(scores: Array, log_ratios: Array, mask: Array, kl_coef: Array) -> Array:
+    """−kl_coef · k1 on every token of the response, plus the score on its last one, [B, T].
+
+    Args:
+      scores: [B].
+      log_ratios: log π_old − log π_ref, [B, T] nats.
+      mask: [B, T] bool, the policy's own tokens.
+      kl_coef: [].
+
+    See: Ziegler et al. 2019, eq. 2.
+    """
+    chex.assert_rank([scores, log_ratios, mask, kl_coef], [1, 2, 2, 0])
+    chex.assert_equal_shape([log_ratios, mask])
+    return jnp.where(mask, -kl_coef * k1(log_ratios), 0.0) + place_at_last(scores, mask)
+
+
+def updated_kl_coef(kl_coef: Array, kl: Array, sequences: Array, *, kl_target: float, kl_horizon: float) -> Array:
+    """The adaptive controller's next coefficient: c · (1 + clip(KL / kl_target − 1, ±0.2) · n / kl_horizon), [].
+
+    Args:
+      kl_coef: c, [].
+      kl: mean KL per sequence of this rollout, [] nats.
+      sequences: n, [], the rollout's real rows.
+      kl_target: nats per sequence, > 0.
+      kl_horizon: sequences, > 0; inf keeps c as it is.
+
+    See: Ziegler et al. 2019, section 2.2, with K_β = n / kl_horizon as in its code.
+    """
+    chex.assert_rank([kl_coef, kl, sequences], 0)
+    if math.isinf(kl_horizon):
+        return kl_coef
+    return kl_coef * (1.0 + jnp.clip(kl / kl_target - 1.0, -0.2, 0.2) * sequences / kl_horizon)
+
+
+def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
+    """1 − Var[R − V] / Var[R] over the mask, []; 1 is a perfect critic, 0 no better than a constant, 0 too where R is constant.
+
+    Args:
+      values: V, [B, T].
+      returns: R, [B, T].
+      mask: [B, T] bool.
+    """
+    chex.assert_equal_shape([values, returns, mask])
+    _, variance = masked_moments(returns, mask)
+    _, residual = masked_moments(returns - values, mask)
+    return jnp.where(variance > 0, 1.0 - residual / jnp.where(variance > 0, variance, 1.0), 0.0)
+
+
+def init_carry(nets: Any, *, kl_coef: float) -> PyTree:
+    return {"kl_coef": jnp.float32(kl_coef)}
+
+
+def prepare(
+    nets: Any, batch: Rollout, carry: PyTree, key: Array, *, kl_coef: float, kl_target: float, kl_horizon: float, gamma: float, lam: float,
+    missing_eos_penalty: float, reward_scale: float, reward_clip: float, whiten_rewards: bool,
+) -> tuple[Rollout, PyTree, dict[str, Mean]]:  # fmt: skip
+    mask = loss_tokens(batch.seqs)
+    out = nets.policy(batch.seqs, want=(vocab.logps, "values"))  # actor and critic in one pass
+    ref_logps = reference_logps(batch.seqs, "ppo") if kl_coef else out.logps
+    ratios = log_ratio(out.logps, ref_logps, mask)
+    kl = sequence_kl(ratios, mask, batch.real)
+
+    raw = raw_scores(batch)
+    scores = shaped_scores(raw, reward_scale=reward_scale, reward_clip=reward_clip)
+    scores = penalised(scores, batch.truncated, missing_eos_penalty=missing_eos_penalty)
+    rewards = token_rewards(scores, ratios, mask, carry["kl_coef"])
+    metrics = rollout_metrics(batch, raw) | {
+        "objective/kl": kl,
+        "objective/kl_coef": Mean.of(carry["kl_coef"]),
+        "objective/rlhf_reward": Mean.of(masked_sum(rewards, mask), batch.real),
+    }
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True)
+    advantages, returns = gae(rewards, out.values, mask, gamma=gamma, lam=lam)
+    metrics["value/explained_variance"] = Mean.of(explained_variance(out.values, returns, mask))
+    batch = batch.replace(old_logps=out.logps, values=out.values, rewards=rewards, returns=returns,
+                          advantages=whiten(advantages, mask, keep_mean=False))  # fmt: skip
+    kl_coef_next = updated_kl_coef(carry["kl_coef"], kl.compute(), kl.count, kl_target=kl_target, kl_horizon=kl_horizon)
+    return batch, {"kl_coef": kl_coef_next}, metrics
+
+
+def loss(
+    nets: Any, batch: Rollout, keys: Array | None, *, clip: float, value_clip: float, value_coef: float, entropy_coef: float
+) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    mask = loss_tokens(batch.seqs)
+    out = nets.policy(batch.seqs, keys, want=(vocab.logps, vocab.entropy, "values"))
+    old_logps, old_values, advantages, returns = filled(batch, "old_logps", "values", "advantages", "returns")
+    ratios = log_ratio(out.logps, old_logps, mask)
+    policy = clipped_surrogate(ratios, advantages, clip_low=clip, clip_high=clip)
+    value = clipped_value_loss(out.values, old_values, returns, clip=value_clip)
+    terms = {"policy": Mean.of(policy, mask), "value": Mean.of(value_coef * value, mask)}
+    if entropy_coef:
+        terms["entropy"] = Mean.of(-entropy_coef * out.entropy, mask)
+    metrics = ratio_metrics(ratios, advantages, mask, clip_low=clip, clip_high=clip)
+    metrics |= {
+        "value/clip_frac": Mean.of(value_is_clipped(out.values, old_values, returns, clip=value_clip), mask),
+        "objective/entropy": Mean.of(out.entropy, mask),
+    }
+    return terms, metrics

@@ -1,0 +1,227 @@
+"""Rewards that need the host: a user's Python function, and a reward model that reads text through a tokenizer of its own.
+
+Flow, function: a dotted path is imported and its signature tried before training starts; each call gets messages, response texts and
+references, and what it returns is checked (one finite number per response). Flow, foreign reward model: prompt and response are
+rendered by the reward model's chat template, tokenized by its tokenizer, cut at the end of turn (which is kept exactly when the
+response ended), padded to a bucket and scored by a jitted function that is passed in.
+Deviation: the usual tooling re-tokenizes decoded special tokens as text; here a response's text is data, and only the template writes
+control tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.records import Message
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.types import Array, Sequences
+
+Messages = Sequence[Message]
+RewardFn = Callable[[list[list[Message]], list[str], list[dict[str, Any] | None]], Sequence[float]]
+
+
+def load_reward_fn(dotted: str, key: str = "config.reward_fn") -> RewardFn:
+    """The user's function behind `package.module.function` (or `package.module:function`).
+
+    Args:
+      dotted: the path; its module must be importable.
+      key: the config key that messages name.
+
+    Returns:
+      `(prompts, responses, references) -> rewards`: lists of one length; a prompt is its messages, a reference the data file's object.
+
+    Raises:
+      UserError: no such module or attribute, an error on import, not callable, or not callable with three arguments.
+    """
+    module_name, _, name = dotted.replace(":", ".").rpartition(".") if isinstance(dotted, str) else ("", "", "")
+    if not module_name or not name:
+        raise UserError(f"{key} expected a dotted path to a function, such as 'my_rewards.length', got {dotted!r}; write module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and (module_name == missing or module_name.startswith(f"{missing}.")):
+            raise UserError(f"{key} expected an importable module, got {dotted!r} (no module {missing!r}); check PYTHONPATH") from None
+        raise UserError(f"{key} got {dotted!r}, whose module does not import ({error}); correct it") from error
+    except Exception as error:
+        raise UserError(f"{key} got {dotted!r}, whose module raises {type(error).__name__}: {error}; correct it") from error
+    if not hasattr(module, name):
+        functions = [member for member, value in vars(module).items() if callable(value) and not member.startswith("_")]
+        raise UserError(f"{key} expected a function of {module_name}, got {name!r}{nearest(name, functions)}")
+    function = getattr(module, name)
+    if not callable(function) or not _takes_three(function):
+        raise UserError(f"{key} expected a function (prompts, responses, references) -> rewards, got {dotted!r}; change its arguments")
+    return function
+
+
+def call_reward_fn(
+    function: RewardFn,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    references: Sequence[dict[str, Any] | None],
+    *,
+    key: str = "config.reward_fn",
+) -> np.ndarray:
+    """The rewards of real rows, checked. The function gets copies of the lists, so that it cannot change the caller's.
+
+    Args:
+      function: from `load_reward_fn`.
+      prompts: B conversations that wait for an answer.
+      responses: B texts.
+      references: B objects of the data file, or None.
+      key: the config key that messages name.
+
+    Returns:
+      [B] float32, finite.
+
+    Raises:
+      UserError: the function raised, or returned anything but B finite numbers; names the first bad sample.
+    """
+    count = len(responses)
+    if not len(prompts) == count == len(references):
+        raise ValueError(f"call_reward_fn: {len(prompts)} prompts, {count} responses, {len(references)} references")
+    if not count:
+        return np.zeros(0, np.float32)
+    try:
+        returned = function([list(prompt) for prompt in prompts], list(responses), list(references))
+        rewards = list(returned)
+    except Exception as error:
+        sample = _show(prompts[0], responses[0])
+        raise UserError(f"{key} raised {type(error).__name__}: {error}; it was given {count} samples, the first being {sample}") from error
+    if len(rewards) != count:
+        raise UserError(f"{key} expected {count} rewards, one per response, got {len(rewards)}; return a number for each, 0.0 if need be")
+    values = np.zeros(count, np.float32)
+    for index, reward in enumerate(rewards):
+        number = _as_number(reward)
+        if number is None:
+            sample = _show(prompts[index], responses[index])
+            raise UserError(f"{key} expected finite numbers, got {reward!r} for sample {index}, {sample}; return a finite float for it")
+        values[index] = number
+    return values
+
+
+def response_tokens(encoder: Encoder, prompt: Messages, response: str, ended: bool) -> np.ndarray:
+    """The conversation as the reward model's own tokens, up to the response's end of turn.
+
+    Args:
+      encoder: of the reward model: its tokenizer, template, context length and `overlong` policy.
+      prompt: the messages before the response.
+      response: the policy's text, without control tokens.
+      ended: whether the policy stopped by itself. The end-of-turn token is kept exactly then.
+
+    Returns:
+      [n] int32.
+
+    Raises:
+      UserError: longer than the reward model's context, unless `encoder.overlong` is "truncate"; or the template refuses.
+    """
+    messages = (*prompt, Message(role="assistant", content=response))
+    tokens, mask = encoder.conversation(messages, context=len(prompt))
+    # The encoder has checked that the last token that the assistant says is the end of turn; a template may write layout behind it.
+    end = int(np.flatnonzero(mask)[-1])
+    tokens = tokens[: end + 1] if ended else tokens[:end]
+    if len(tokens) > encoder.max_length and encoder.overlong != "truncate":
+        raise UserError(
+            f"config.reward_from: prompt and response take {len(tokens)} tokens of the reward model's tokenizer, and its context is "
+            f"{encoder.max_length}; lower config.sampling.max_new_tokens, or set the reward model's data.overlong to 'truncate'"
+        )
+    return tokens[: encoder.max_length]
+
+
+def padded_rows(rows: Sequence[np.ndarray], *, bucket: int, max_length: int, pad_id: int) -> Sequences:
+    """Rows padded on the right to a length from a small set, so that a jitted function sees few shapes.
+
+    Args:
+      rows: B token rows, at most `max_length` long; an empty one is a filler row.
+      bucket: T is a multiple of it, but at most max_length; tokens.
+      max_length: tokens.
+      pad_id: written on padding.
+
+    Returns:
+      [B, T] NumPy leaves, nothing under the loss mask.
+    """
+    longest = max([1, *map(len, rows)])
+    length = min(-(-longest // bucket) * bucket, max_length)
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    segments = np.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)], segments[index, : len(row)] = row, 1
+    positions = np.arange(length, dtype=np.int32) * segments
+    mask = np.zeros(tokens.shape, bool)
+    return Sequences(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask)  # type: ignore[call-arg]
+
+
+class RetokenisedReward:
+    """A reward model with a tokenizer other than the policy's.
+
+    Args:
+      encoder: the reward model's.
+      score: `Sequences` [B, T] -> [B] scores: puts the NumPy leaves where they belong on the mesh and calls a jitted function,
+        e.g. `learned.score_sequences` with the networks bound.
+      bucket: T is padded to multiples of it, tokens; there are at most max_length / bucket compilations.
+    """
+
+    def __init__(self, encoder: Encoder, score: Callable[[Sequences], Array], *, bucket: int) -> None:
+        if bucket < 1:
+            raise ValueError(f"RetokenisedReward: bucket={bucket} must be ≥ 1")
+        self.encoder, self.score, self.bucket = encoder, score, bucket
+
+    def __call__(self, prompts: Sequence[Messages | None], responses: Sequence[str], ended: Sequence[bool]) -> np.ndarray:
+        """Scores of B responses; B is the same in every call, filler rows included, so that nothing is compiled anew.
+
+        Args:
+          prompts: B conversations that wait for an answer; None on filler rows.
+          responses: B texts.
+          ended: B, whether each response stopped by itself.
+
+        Returns:
+          [B] float32, zero on filler rows.
+
+        Raises:
+          UserError: as `response_tokens`.
+        """
+        if not len(prompts) == len(responses) == len(ended):
+            raise ValueError(f"RetokenisedReward: {len(prompts)} prompts, {len(responses)} responses, {len(ended)} endings")
+        none = np.zeros(0, np.int32)
+        rows = [
+            none if prompt is None else response_tokens(self.encoder, prompt, response, bool(stop))
+            for prompt, response, stop in zip(prompts, responses, ended)
+        ]
+        seqs = padded_rows(rows, bucket=self.bucket, max_length=self.encoder.max_length, pad_id=self.encoder.tokenizer.pad_id)
+        scores = np.asarray(jax.device_get(self.score(seqs)), np.float32)
+        return np.where([prompt is not None for prompt in prompts], scores, np.float32(0.0))
+
+
+def _takes_three(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind([], [], [])
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature: only the call can tell
+        return True
+    return True
+
+
+def _as_number(reward: Any) -> float | None:
+    """The reward as a float, or None where it is no finite number that float32 holds."""
+    if isinstance(reward, str | bytes) or reward is None:
+        return None
+    try:
+        number = float(reward)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+def _show(prompt: Messages, response: str) -> str:
+    asked = prompt[-1]["content"] if prompt else ""
+    shorten = lambda text: text if len(text) <= 80 else text[:77] + "..."  # noqa: E731
+    return f"prompt {shorten(asked)!r} with response {shorten(response)!r}"

@@ -1,0 +1,5 @@
+"""Sampling from a policy: prefill and a scanned decode."""
+
+from rlhf_jax.sampling.sampler import draw, generate, row_keys
+
+__all__ = ["draw", "generate", "row_keys"]

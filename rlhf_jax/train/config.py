@@ -1,0 +1,202 @@
+"""What a config must hold, checked in plain Python before JAX starts up: each mistake is one sentence with its key.
+
+`check(config)` returns the values as nested dicts, ints made floats where a float is meant, and binds the objective. What needs files or
+devices (data, checkpoints, the mesh) is checked where they are opened, still before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_jax import objectives
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.train import optimizer
+from rlhf_jax.types import Comparisons, Rollout, Sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A legal range, both ends included unless `above` says otherwise."""
+
+    kind: type
+    low: float = float("-inf")
+    high: float = float("inf")
+    above: bool = False  # strictly above `low`
+
+    def admits(self, value: Any) -> bool:
+        return (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        name = "an int" if self.kind is int else "a float"
+        low = f" {'>' if self.above else '≥'} {self.low:g}" if self.low > float("-inf") else ""
+        return name + low + (f" and ≤ {self.high:g}" if self.high < float("inf") else "")
+
+
+COUNT, NATURAL = Number(int, 0), Number(int, 1)
+RATIO = Number(float, 0.0, 1.0)
+
+SCHEMA: dict[str, Any] = {
+    "seed": COUNT,
+    "network": ("policy", "reward"),  # which network trains
+    "init_from": str,  # a run or checkpoint; "" draws fresh parameters
+    "trainable": str,  # regular expression over parameter paths; ".*" trains all
+    "objective": Mapping,
+    "model": Mapping,
+    "tokenizer": {"kind": ("byte", "bpe", "file", "inherit"), "path": str, "vocab_size": COUNT},
+    "data": {
+        "kind": ("demo", "text", "preference", "prompt"), "train": str, "valid": str, "template": str, "max_length": NATURAL,
+        "prompt_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"), "cache": str,
+    },  # fmt: skip
+    "run": {
+        "steps": COUNT, "data_epochs": Number(float, 0.0), "batch_size": NATURAL, "microbatches": NATURAL, "epochs": NATURAL,
+        "minibatches": NATURAL, "max_nonfinite": NATURAL,
+    },  # fmt: skip
+    "optimizer": {
+        "name": optimizer.OPTIMIZERS, "lr": Number(float, 0.0, above=True), "schedule": optimizer.SCHEDULES, "warmup_steps": COUNT,
+        "end_lr_ratio": RATIO, "b1": RATIO, "b2": RATIO, "eps": Number(float, 0.0, above=True), "muon_beta": RATIO,
+        "weight_decay": Number(float, 0.0), "clip_norm": Number(float, 0.0), "ema_decay": RATIO, "moment_dtype": ("float32", "bfloat16"),
+    },  # fmt: skip
+    "validation": {"every": COUNT, "batches": COUNT, "metric": str, "mode": ("min", "max"), "patience": COUNT},
+    "checkpoint": {"every": COUNT, "keep": NATURAL},
+    "mesh": {"data": int, "fsdp": int, "tensor": int, "devices": COUNT, "multihost": bool},
+    "log": {"every": NATURAL, "samples": COUNT, "tensorboard": bool, "wandb": str},
+}
+ONLINE: dict[str, Any] = {
+    "reference_from": str,
+    "reward_from": str,
+    "reward_fn": str,
+    "reward_normalise": bool,
+    "fused": bool,
+    "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
+    "sampling": {
+        "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
+        "top_p": Number(float, 0.0, 1.0, above=True),
+    },  # fmt: skip
+}
+OFFLINE: dict[str, Any] = {"reference_from": str}
+KINDS = {Sequences: ("demo", "text"), Comparisons: ("preference",), Rollout: ("prompt",)}
+
+
+def _typed(key: str, value: Any, want: Any) -> Any:
+    """`value` if it is what `want` says, an int made a float where a float is meant."""
+    if isinstance(want, tuple):
+        if value not in want:
+            raise UserError(f"{key} = {value!r}: must be one of {', '.join(want)}")
+        return value
+    number = want if isinstance(want, Number) else None
+    kind = number.kind if number else want
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{key} = {value!r}: must be {number or 'a ' + kind.__name__}, got {type(value).__name__}")
+    if number and not number.admits(value):
+        raise UserError(f"{key} = {value!r}: must be {number}")
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _conform(values: Mapping[str, Any], schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` as `schema` says: no unknown key, none missing, each of its type."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} = {values!r}: must be a section with {', '.join(schema)}")
+    for key in values:
+        if key not in schema:
+            raise UserError(f"{where}.{key} is not a config key{nearest(key, schema)}")
+    missing = [key for key in schema if key not in values]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: write every value out")
+    return {
+        key: _conform(values[key], want, f"{where}.{key}") if isinstance(want, dict) else _typed(f"{where}.{key}", values[key], want)
+        for key, want in schema.items()
+    }
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict, or nested mappings, as plain dicts."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return {key: plain(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+
+
+def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
+    """The config as plain checked dicts, and its objective, bound.
+
+    Args:
+      config: what a `get_config()` returned.
+
+    Raises:
+      UserError: the first mistake found, with its key, value and remedy.
+    """
+    values = plain(config)
+    online = isinstance(values.get("data"), dict) and values["data"].get("kind") == "prompt"
+    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE)}, "config")
+    objective = objectives.bind(c["objective"])
+    kinds = KINDS.get(objective.batch_type)
+    if kinds is None:
+        names = ", ".join(t.__name__ for t in KINDS)
+        raise UserError(f"config.objective.name = {objective.name!r} trains on {objective.batch_type.__name__}, which no data kind fills: "
+                        f"annotate its batch with one of {names}")  # fmt: skip
+    if c["data"]["kind"] not in kinds:
+        raise UserError(f"config.data.kind = {c['data']['kind']!r}: {objective.name} trains on {' or '.join(kinds)} data")
+    model = ModelConfig.create(c["model"], ())
+    try:
+        re.compile(c["trainable"])
+    except re.error as error:
+        raise UserError(f"config.trainable = {c['trainable']!r} is not a regular expression: {error}") from error
+    _check_run(c, model, online)
+    _check_files(c)
+    return c, objective
+
+
+def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
+    run, data = c["run"], c["data"]
+    if (run["steps"] > 0) == (run["data_epochs"] > 0):
+        raise UserError(f"config.run.steps = {run['steps']} and config.run.data_epochs = {run['data_epochs']:g}: set exactly one of them")
+    parts = run["microbatches"] * run["minibatches"]
+    if run["batch_size"] % parts:
+        raise UserError(f"config.run.batch_size = {run['batch_size']} does not divide into minibatches × microbatches = {parts}: "
+                        "choose a multiple")  # fmt: skip
+    sizes = [c["mesh"]["data"], c["mesh"]["fsdp"]]
+    if min(sizes) > 0 and (run["batch_size"] // parts) % (sizes[0] * sizes[1]):
+        raise UserError(f"config.run.batch_size = {run['batch_size']} gives {run['batch_size'] // parts} rows a microbatch, which the "
+                        f"{sizes[0] * sizes[1]} devices of config.mesh.data × fsdp do not divide")  # fmt: skip
+    if c["network"] == "reward" and online:
+        raise UserError("config.network = 'reward': a reward model trains on preference data, not on prompts")
+    if c["validation"]["every"] and not data["valid"]:
+        raise UserError("config.validation.every is set but config.data.valid is empty: name a validation file, or set every = 0")
+    if c["tokenizer"]["kind"] == "inherit" and not c["init_from"]:
+        raise UserError("config.tokenizer.kind = 'inherit' needs config.init_from, whose tokenizer it takes")
+    if c["tokenizer"]["kind"] == "file" and not os.path.exists(c["tokenizer"]["path"]):
+        raise UserError(f"config.tokenizer.path = {c['tokenizer']['path']!r}: no such file; name a tokenizer.json")
+    if not online:
+        if data["max_length"] > model.context:
+            raise UserError(f"config.data.max_length = {data['max_length']} exceeds config.model.context = {model.context}")
+        return
+    sampling = c["sampling"]
+    if run["batch_size"] % sampling["group_size"]:
+        raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
+                        f"config.sampling.group_size = {sampling['group_size']}")  # fmt: skip
+    if data["prompt_length"] + sampling["max_new_tokens"] > model.context:
+        raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {data['prompt_length']} + "
+                        f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")  # fmt: skip
+    if model.dropout > 0:
+        raise UserError(f"config.model.dropout = {model.dropout}: set it to 0 in online RL, or the first policy ratio is not 1")
+    if bool(c["reward_from"]) == bool(c["reward_fn"]):
+        raise UserError(f"config.reward_from = {c['reward_from']!r} and config.reward_fn = {c['reward_fn']!r}: set exactly one of them")
+
+
+def _check_files(c: Mapping[str, Any]) -> None:
+    for key in ("train", "valid"):
+        path = c["data"][key]
+        if not path and key == "train":
+            raise UserError("config.data.train is empty: name a JSONL file or a folder of them")
+        if path and not os.path.exists(path):
+            raise UserError(f"config.data.{key} = {path!r}: no such file or folder")
+    for key in ("init_from", "reference_from", "reward_from"):
+        path = c.get(key, "")
+        if path and not (key == "reference_from" and path == "init") and "://" not in path and not os.path.exists(path):
+            raise UserError(f"config.{key} = {path!r}: no such run or checkpoint")

@@ -1,0 +1,293 @@
+"""A run: assemble, restore, advance batch by batch, log, validate, checkpoint.
+
+Batch s is a function of (seed, s), randomness of counters, and the log is cut back to the restored step; so a run killed anywhere and
+started again by the same command ends in the same state, bit for bit, with the same metrics.jsonl. Metrics are fetched one step late and
+nothing in the loop waits for the device, except where a host reward must read the samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from rlhf_jax import checkpoint, distributed, sharding
+from rlhf_jax.data.prefetch import Prefetcher
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import layout
+from rlhf_jax.train import metrics as run_log
+from rlhf_jax.train.assemble import Experiment, assemble, full_params
+from rlhf_jax.train.config import check
+from rlhf_jax.train.programs import Programs, completions
+from rlhf_jax.types import PyTree, Rollout, TrainState
+
+PROFILED = 3  # steps in a --profile trace, after one warm-up step
+FREE = ("log", "checkpoint")  # config sections that a resumed run may change
+
+
+@dataclasses.dataclass
+class Result:
+    """How a run ended."""
+
+    step: int
+    stopped: str  # "finished" | "early" (validation stopped improving) | "preempted"
+    state_hash: str
+    best_step: int | None
+    best_value: float | None
+
+
+def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
+    """Trains by `config` in `workdir`, or goes on where a run of the same config stopped there.
+
+    Args:
+      config: what a get_config() returned.
+      workdir: local or gs:// folder of this run.
+      profile: write a trace of a few steps to workdir/profile.
+
+    Raises:
+      UserError: anything wrong with config, data, checkpoints or devices, before the first compilation.
+    """
+    checked, objective = check(config)
+    folder = epath.Path(workdir)
+    _same_config(folder, checked)
+    exp = assemble(checked, objective)
+    _write_start(folder, exp)
+    with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
+                                 keep=checked["checkpoint"]["keep"]) as saver:  # fmt: skip
+        state, start = restore(exp, saver)
+        run_log.cut_back(folder, start)
+        _cut_samples(folder, start)
+        return _Run(exp, folder, saver, profile).go(state, start)
+
+
+def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState, int]:
+    """The newest intact checkpoint's state and batch, or the first state and 0."""
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), exp.start.abstract, exp.start.shardings)
+    found = saver.restore_latest(saved_items(abstract, exp.frozen))
+    if found is None:
+        return exp.start.state(), 0
+    step, items, _ = found
+    trained = _trained_part(items["params"], layout.to_canonical(abstract.params))
+    state = items["rest"].replace(params=trained)
+    scanned = {c.scan_layers for c in (exp.spec.policy, exp.spec.reward, exp.spec.critic) if c is not None}
+    if True in scanned:
+        runtime = functools.partial(layout.to_runtime, scan=True)
+        state = sharding.jit(runtime, exp.mesh, out_shardings=exp.start.shardings)(state)
+    return state, step
+
+
+def saved_items(state: TrainState, frozen: PyTree) -> dict[str, PyTree]:
+    """What a checkpoint holds: whole networks under `params`, everything else under `rest`, both in the canonical layout."""
+    return {"params": full_params(state.params, frozen), "rest": layout.to_canonical(state.replace(params={}))}
+
+
+def _trained_part(full: PyTree, like: PyTree) -> PyTree:
+    """The leaves of `full` at the paths of `like`."""
+    return {key: _trained_part(full[key], like[key]) if isinstance(like[key], dict) else full[key] for key in like}
+
+
+class _Run:
+    """The loop and what it carries from batch to batch besides the state."""
+
+    def __init__(self, exp: Experiment, folder: epath.Path, saver: checkpoint.Checkpointer, profile: bool) -> None:
+        self.exp, self.folder, self.saver = exp, folder, saver
+        self.programs = Programs(exp)
+        self.validation = exp.config["validation"]
+        self.every = exp.config["checkpoint"]["every"]
+        self.history = [(line["step"], line[self.validation["metric"]]) for line in run_log.read_metrics(folder)
+                        if self.validation["metric"] in line]  # fmt: skip
+        self.samples: tuple[int, Rollout] | None = None
+        self.profile = profile
+
+    def go(self, state: TrainState, start: int) -> Result:
+        exp, log = self.exp, self.exp.config["log"]
+        where = sharding.row_sharding(exp.mesh)
+        fetch = lambda index: distributed.to_global(exp.train_data.batch(index, seed=exp.config["seed"]), where)  # noqa: E731
+        wandb = {"project": log["wandb"], "name": self.folder.name} if log["wandb"] else None
+        stopped = "early" if self._exhausted() else "finished"
+        step = start
+        with (
+            run_log.MetricsLog(self.folder, start_step=start, total_steps=exp.steps, every=log["every"],
+                               tensorboard=log["tensorboard"], wandb=wandb, console=distributed.is_lead()) as self.log,
+            Prefetcher(fetch, start, start if stopped == "early" else exp.steps, 2) as batches,
+        ):  # fmt: skip
+            for step, batch in enumerate(batches, start + 1):
+                with self._traced(step - start):
+                    state, metrics, rolled = self.programs.advance(state, batch)
+                self._watch(self.log.write(step, metrics))
+                self._sample(step, rolled)
+                if self.programs.compilations() > 1:
+                    raise AssertionError("the train step was compiled twice: a batch changed its shape or dtype after warm-up")
+                improved = self._validate(state, step)
+                if improved or self._due(step):
+                    self._save(state, step, improved)
+                if self.saver.reached_preemption(step):
+                    stopped = "preempted"
+                    break
+                if self._exhausted():
+                    stopped = "early"
+                    break
+            self._watch(self.log.flush())
+            self._sample(step, None)
+        return self._finish(state, step, stopped)
+
+    def _finish(self, state: TrainState, step: int, stopped: str) -> Result:
+        if step not in self.saver.steps():
+            self._save(state, step, improved=False, force=True)
+        self.saver.wait()
+        best = self._best()
+        result = Result(step, stopped, checkpoint.state_hash(layout.to_canonical(state)), *(best or (None, None)))
+        if distributed.is_lead():
+            _write_json(self.folder / "final.json", dataclasses.asdict(result))
+        return result
+
+    @contextlib.contextmanager
+    def _traced(self, number: int) -> Iterator[None]:
+        """A profiler trace over a few steps after the first when asked for; no implicit host transfers in any step."""
+        if self.profile and number == 2:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        with jax.transfer_guard_host_to_device("disallow") if number > 1 else contextlib.nullcontext():
+            yield
+        if self.profile and number == 1 + PROFILED:
+            jax.profiler.stop_trace()
+            self.profile = False
+
+    def _watch(self, values: Mapping[str, float] | None) -> None:
+        """Stops the run after too many non-finite updates in a row; the values are those of the write before."""
+        limit = self.exp.config["run"]["max_nonfinite"]
+        if values is not None and values.get("optimizer/nonfinite_run", 0.0) >= limit:
+            raise UserError(f"config.run.max_nonfinite = {limit}: that many updates in a row had non-finite gradients and were skipped; "
+                            "lower config.optimizer.lr or look at the data; the last checkpoint is intact")  # fmt: skip
+
+    def _sample(self, step: int, rolled: Rollout | None) -> None:
+        """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for."""
+        log = self.exp.config["log"]
+        if self.samples is not None and distributed.is_lead():
+            at, previous = self.samples
+            rows = completions(self.exp, previous, log["samples"])
+            scores = jax.device_get(previous.scores)[: log["samples"]]
+            with (self.folder / "samples.jsonl").open("a") as file:
+                for row, score in zip(rows, scores, strict=True):
+                    file.write(json.dumps({"step": at, **row, "score": round(float(score), 6)}, ensure_ascii=False) + "\n")
+        due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
+        self.samples = (step, rolled) if due and rolled is not None else None
+
+    def _due(self, step: int) -> bool:
+        return bool(self.every and step % self.every == 0) or self.saver.reached_preemption(step)
+
+    def _validate(self, state: TrainState, step: int) -> bool:
+        """Validates when due; True if it was the best so far."""
+        every = self.validation["every"]
+        if not every or (step % every and step != self.exp.steps):
+            return False
+        found = self.programs.validate(state)
+        metric = self.validation["metric"]
+        if metric not in found:
+            raise UserError(f"config.validation.metric = {metric!r} is not measured; there are {', '.join(sorted(found))}")
+        values = self.log.write_now(step, found)
+        self.history.append((step, values[metric]))
+        best = self._best()
+        return best is not None and best[0] == step
+
+    def _best(self) -> tuple[int, float] | None:
+        """(step, value) of the best validation, the earliest of equals; non-finite ones never win."""
+        sign = 1.0 if self.validation["mode"] == "min" else -1.0
+        finite = [(step, float(value)) for step, value in self.history if math.isfinite(float(value))]
+        return min(finite, key=lambda item: (sign * item[1], item[0])) if finite else None
+
+    def _exhausted(self) -> bool:
+        """Whether validation has not improved for `patience` rounds."""
+        patience, best = self.validation["patience"], self._best()
+        if not patience or best is None:
+            return False
+        return sum(step > best[0] for step, _ in self.history) >= patience
+
+    def _save(self, state: TrainState, step: int, improved: bool, force: bool = False) -> None:
+        exp = self.exp
+        # The log first: a kill right after the save must find this step's lines written.
+        self._watch(self.log.flush())
+        self._sample(step, None)
+        items, meta = saved_items(state, exp.frozen), self._meta(state, step)
+        if force or self._due(step):
+            self.saver.save(step, items, meta, force=force)
+        if improved:
+            with checkpoint.Checkpointer(self.folder / checkpoint.BEST, every=0, keep=1) as best:
+                best.save(step, {"params": items["params"]}, meta, force=True)
+
+    def _meta(self, state: TrainState, step: int) -> dict[str, Any]:
+        exp = self.exp
+        network = exp.config["network"]
+        meta: dict[str, Any] = {
+            "network": network,
+            "model": getattr(exp.spec, network).to_json(),
+            "step": step,
+            "objective": exp.objective.name,
+            "tokenizer": exp.tokenizer.digest,
+        }
+        if exp.spec.critic is not None:
+            meta["critic_model"] = exp.spec.critic.to_json()
+        if network == "reward" and exp.valid_data is not None:
+            meta |= self.programs.reward_moments(state)
+        return meta
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    part.replace(path)
+
+
+def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
+    """A workdir holds one run: going on with another config is refused."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    saved = json.loads(path.read_text())
+    now = json.loads(json.dumps(config))
+    for key, old, new in _differences(saved, now, "config"):
+        if key.split(".")[1] not in FREE:
+            raise UserError(f"{key} = {new!r}, but the run in {folder} was started with {old!r}: choose another --workdir, or delete that one")
+
+
+def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}")
+    elif old != new:
+        yield key, old, new
+
+
+def _write_start(folder: epath.Path, exp: Experiment) -> None:
+    """The workdir's own description: config, tokenizer, template."""
+    if not distributed.is_lead():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    exp.tokenizer.save(folder / "tokenizer.json")
+    (folder / "template.jinja").write_text(exp.template.source)
+    _write_json(folder / "config.json", exp.config)
+
+
+def _cut_samples(folder: epath.Path, step: int) -> None:
+    """Drops the samples after `step`, and a torn last line."""
+    path = folder / "samples.jsonl"
+    if not path.exists() or not distributed.is_lead():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+

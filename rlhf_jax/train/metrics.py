@@ -1,0 +1,439 @@
+"""The run's log: standard metric names, `metrics.jsonl`, `timing.jsonl`, TensorBoard, Weights & Biases and the console.
+
+`MetricsLog.write` keeps the values it is given on the device and fetches those of the write before, all at once, so that the host never
+waits for the step it has just dispatched. `metrics.jsonl` is deterministic (law 8): what the clock decides goes to `timing.jsonl`.
+A killed run resumes bit-exact if the loop keeps this order at a step: `write`, evaluations (`write_now`), `flush`, save the checkpoint;
+and, before it starts at a restored step, `cut_back` (to step −1 when nothing was restored).
+
+A line holds the values of one step, never an average over steps: an average would depend on where the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import chex
+import jax
+import numpy as np
+from etils import epath
+
+from rlhf_jax.distributed import is_lead
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Array, Mean
+
+METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+PLAIN_LINE_SECONDS = 2.0  # at most one plain console line in this time
+
+METRICS: dict[str, str] = {
+    "loss": "the objective, Σ of its terms [nats, or the objective's own unit]",
+    "loss/*": "one term of the objective, its coefficient included [nats, or the objective's own unit]",
+    "objective/kl": "KL of the policy from the reference, mean over responses of Σ over tokens [nats]",
+    "objective/kl_coef": "weight of the KL penalty [reward per nat]",
+    "objective/entropy": "entropy of the policy per response token; its collapse is GRPO's known failure [nats]",
+    "objective/score": "reward of a completion before any KL penalty [reward]",
+    "objective/score_std": "standard deviation of the scores over the batch [reward]",
+    "objective/non_score_reward": "KL penalty in the reward, Σ over tokens [reward]",
+    "objective/rlhf_reward": "score plus KL penalty [reward]",
+    "policy/ratio_mean": "probability ratio new/old, mean over tokens [1]",
+    "policy/ratio_max": "probability ratio new/old, largest over tokens [1]",
+    "policy/clip_frac": "fraction of tokens whose ratio was clipped [0,1]",
+    "policy/approx_kl": "KL(old ‖ new) estimated on the rollout's tokens [nats per token]",
+    "policy/entropy": "entropy of the policy per trained token [nats]",
+    "policy/accuracy": "fraction of trained tokens that are the policy's first choice [0,1]",
+    "policy/perplexity": "exp of the mean negative log-prob of trained tokens [1]",
+    "policy/correction_mean": "importance correction old/sampler, mean over tokens [1]",
+    "policy/correction_max": "importance correction old/sampler, largest over tokens [1]",
+    "policy/correction_frac": "fraction of tokens whose importance correction was capped or masked [0,1]",
+    "policy/balance_loss": "load-balance loss of a mixture of experts [1]",
+    "advantage/mean": "advantage before whitening, mean over tokens [reward]",
+    "advantage/std": "standard deviation of the advantages before whitening [reward]",
+    "value/mean": "predicted value, mean over response tokens [reward]",
+    "value/clip_frac": "fraction of tokens whose value update was clipped [0,1]",
+    "value/explained_variance": "1 − Var(return − value) / Var(return); 1 is perfect, 0 a constant guess [≤ 1]",
+    "reward/chosen": "reward, implicit or learned, of the preferred branch [reward]",
+    "reward/rejected": "reward, implicit or learned, of the other branch [reward]",
+    "reward/margin": "reward of the preferred branch minus the other's [reward]",
+    "reward/accuracy": "fraction of comparisons ranked right [0,1]",
+    "reward/mean": "reward over all completions [reward]",
+    "reward/std": "standard deviation of the rewards [reward]",
+    "reward/length_baseline": "accuracy of ranking by length alone [0,1]",
+    "reward/*": "one component of the reward, by name [reward]",
+    "logps/chosen": "log-prob of the preferred branch, Σ over tokens; it may fall while the margin grows [nats]",
+    "logps/rejected": "log-prob of the other branch, Σ over tokens [nats]",
+    "logps/mean": "log-prob per trained token [nats]",
+    "optimizer/lr": "learning rate [1]",
+    "optimizer/grad_norm": "global norm of the gradient before clipping [1]",
+    "optimizer/update_norm": "global norm of the update [1]",
+    "optimizer/param_norm": "global norm of the trained parameters [1]",
+    "optimizer/skipped": "updates skipped since the start because loss or gradient was not finite [updates]",
+    "optimizer/nonfinite_run": "updates skipped in a row up to now [updates]",
+    "rollout/length": "response tokens per completion [tokens]",
+    "rollout/truncated": "fraction of completions without a stop token [0,1]",
+    "rollout/zero_variance_groups": "fraction of groups whose rewards are all equal and give no gradient [0,1]",
+    "rollout/staleness": "age of the weights that sampled, at training time [iterations]",
+    "rollout/logp_gap_mean": "|sampler − trainer log-prob|, mean over tokens [nats]",
+    "rollout/logp_gap_max": "|sampler − trainer log-prob|, largest over tokens [nats]",
+    "rollout/turns": "turns per episode [turns]",
+    "data/tokens": "real tokens in the batch [tokens]",
+    "data/loss_tokens": "tokens in the batch that are trained on [tokens]",
+    "data/rows": "real rows in the batch [rows]",
+    "data/padding": "fraction of the batch's slots that are padding [0,1]",
+    "data/epoch": "passes over the training data so far [epochs]",
+    "eval/loss": "the objective on held-out data [nats, or the objective's own unit]",
+    "eval/gold_greedy": "gold score of greedy completions [0,1]",
+    "eval/gold_sample": "gold score of sampled completions [0,1]",
+    "eval/win_rate": "wins against the baseline, ties count one half [0,1]",
+    "eval/seq_kl": "KL from the reference, mean over completions of Σ over tokens [nats]",
+    "eval/best": "best value so far of the metric that selects checkpoints [its unit]",
+    "eval/*": "a measurement on held-out data; after eval/ stands what is measured [its unit]",
+}
+
+
+def describe(name: str) -> str | None:
+    """Meaning and unit of a metric, None for a name outside the table (which is legal). `eval/` before a name means: on held-out data."""
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith("eval/") and (meaning := describe(name.removeprefix("eval/"))):
+        return f"on held-out data: {meaning}"
+    patterns = [pattern for pattern in METRICS if "*" in pattern and fnmatch.fnmatchcase(name, pattern)]
+    return METRICS[max(patterns, key=len)] if patterns else None
+
+
+def is_standard(name: str) -> bool:
+    """Whether the table describes `name`; every metric of a built-in objective is standard."""
+    return describe(name) is not None
+
+
+class MetricsLog:
+    """Writes a run's metrics. Process 0 writes; the others only fetch, so that all take the same decisions. A context manager."""
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        start_step: int,
+        total_steps: int,
+        every: int,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None,
+        console: bool,
+    ):
+        """Opens the log for appending; call `cut_back` first.
+
+        Args:
+          workdir: the run's folder.
+          start_step: updates made so far.
+          total_steps: updates that the run will have made at its end.
+          every: a line at multiples of this many steps, and at the last one; values are fetched for every step.
+          tensorboard: write TensorBoard events too.
+          wandb: arguments of `wandb.init`; None = no Weights & Biases.
+          console: show a progress bar, or plain lines where stderr is not a terminal.
+
+        Raises:
+          UserError: `every` below 1, or Weights & Biases asked for and not installed.
+        """
+        if every < 1:
+            raise UserError(f"config.log.every = {every} must be at least 1 step")
+        self._every, self._total = every, total_steps
+        self._pending: tuple[int, Mapping[str, Mean | Array]] | None = None
+        self._landed: dict[str, float] | None = None
+        self._sinks: list[_Sink] = []
+        if is_lead():
+            root = epath.Path(workdir)
+            service = None if wandb is None else _import_wandb()  # what can be refused is, before a file is made
+            root.mkdir(parents=True, exist_ok=True)
+            self._sinks = [_JsonLines(root, start_step)]
+            if tensorboard:
+                self._sinks.append(_TensorBoard(root / TENSORBOARD_FOLDER, start_step))
+            if wandb is not None:
+                self._sinks.append(_WandB(service, root, wandb))
+            if console:
+                self._sinks.append(_Bar(start_step, total_steps) if sys.stderr.isatty() else _Plain(start_step, total_steps))
+
+    def write(self, step: int, metrics: Mapping[str, Mean | Array]) -> dict[str, float] | None:
+        """Takes a step's metrics without waiting for them.
+
+        Args:
+          step: updates made, this one included.
+          metrics: by name, a `Mean` or a scalar.
+
+        Returns:
+          The values of the write before, on the host; None at the first one and after a `flush`, which has returned them.
+        """
+        chex.assert_rank(jax.tree.leaves(dict(metrics)), 0)
+        self._land()
+        values, self._landed = self._landed, None
+        self._pending = (step, metrics)
+        return values
+
+    def write_now(self, step: int, metrics: Mapping[str, Mean | Array | float]) -> dict[str, float]:
+        """Writes an evaluation's metrics at once, whatever `every` says; returns their values."""
+        chex.assert_rank(jax.tree.leaves(dict(metrics)), 0)
+        self._land()
+        values = _fetch(metrics)
+        self._emit(step, values)
+        return _floats(values)
+
+    def flush(self) -> dict[str, float] | None:
+        """Waits for the last step and writes it; returns what the next `write` would have returned. Call it before each checkpoint."""
+        self._land()
+        values, self._landed = self._landed, None
+        for sink in self._sinks:
+            sink.flush()
+        return values
+
+    def close(self) -> None:
+        """Flushes and closes every file and service."""
+        try:
+            self.flush()
+        finally:
+            for sink in self._sinks:
+                sink.close()
+            self._sinks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _land(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = _fetch(metrics)
+        self._landed = _floats(values)
+        if step % self._every == 0 or step == self._total:
+            self._emit(step, values)
+        else:
+            for sink in self._sinks:
+                sink.pass_by(step, values)
+
+    def _emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        for sink in self._sinks:
+            sink.emit(step, values)
+
+
+def cut_back(workdir: epath.PathLike, step: int) -> None:
+    """Drops what was logged after `step`, and a torn last line, atomically: the state of the log when `step` was saved.
+
+    Args:
+      workdir: the run's folder; without a log there is nothing to do.
+      step: the restored step; −1 empties the log, for a run that starts again because no checkpoint survived.
+    """
+    if not is_lead():
+        return
+    for name in (METRICS_FILE, TIMING_FILE):
+        path = epath.Path(workdir) / name
+        if not path.exists():
+            continue
+        before = path.read_bytes()
+        kept = b"".join(line for line, record in _records(path, before) if record["step"] <= step)
+        if kept != before:
+            fresh = path.with_name(f"{name}.tmp")
+            fresh.write_bytes(kept)
+            fresh.replace(path)
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in order, with "nan", "inf" and "-inf" as floats; a torn last line is left out. Without a log: [].
+
+    Raises:
+      UserError: a line is not one of ours.
+    """
+    path = epath.Path(workdir) / METRICS_FILE
+    records = [record for _, record in _records(path, path.read_bytes())] if path.exists() else []
+    return [{name: float(value) if isinstance(value, str) else value for name, value in record.items()} for record in records]
+
+
+def _records(path: epath.Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line, parsed line) of every complete line."""
+    records = []
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break  # torn: the process was killed while writing
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number} is not a line of the log ({line[:60]!r}): remove it") from error
+        records.append((line, record))
+    return records
+
+
+def _fetch(metrics: Mapping[str, Any]) -> dict[str, np.generic]:
+    """Host values, sorted by name, in one transfer: float32 or int; a Mean is total / count, with 1 in place of a zero count."""
+    host = jax.device_get(dict(metrics))
+    values: dict[str, np.generic] = {}
+    for name in sorted(host):
+        value = host[name]
+        if isinstance(value, Mean):
+            count = np.float32(value.count)
+            value = np.divide(np.float32(value.total), count if count != 0 else np.float32(1))
+        scalar = np.asarray(value)
+        values[name] = np.int64(scalar) if scalar.dtype.kind in "iub" else np.float32(scalar)
+    return values
+
+
+def _floats(values: Mapping[str, np.generic]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _json(value: np.generic) -> str:
+    """An integer, a float32's shortest text that reads back the same, or "nan", "inf", "-inf" as strings: valid JSON all."""
+    if isinstance(value, np.integer):
+        return str(int(value))
+    return str(value) if math.isfinite(value) else json.dumps(str(value))
+
+
+class _Sink:
+    """Where metrics go. `emit` takes a line's values; `pass_by` those of a step that gets no line."""
+
+    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:
+        """Most sinks have nothing to do between lines."""
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Nothing to do where every line is flushed at once."""
+
+    def close(self) -> None:
+        """Nothing to do where nothing is open."""
+
+
+class _JsonLines(_Sink):
+    """metrics.jsonl and timing.jsonl; a line is handed to the system in one write."""
+
+    def __init__(self, root: epath.Path, start_step: int):
+        self._metrics = (root / METRICS_FILE).open("ab")
+        self._timing = (root / TIMING_FILE).open("ab")
+        self._start = self._last = time.perf_counter()
+        self._step, self._tokens = start_step, 0.0
+
+    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:
+        self._tokens += float(values.get("data/tokens", 0))
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        self.pass_by(step, values)
+        fields = "".join(f", {json.dumps(name)}: {_json(value)}" for name, value in values.items())
+        self._append(self._metrics, f'{{"step": {step}{fields}}}\n')
+        if step > self._step:  # an evaluation of the same step adds nothing
+            now = time.perf_counter()
+            timing = {"step": step, "seconds": now - self._start, "steps_per_second": (step - self._step) / (now - self._last)}
+            if self._tokens:
+                timing["tokens_per_second"] = self._tokens / (now - self._last)
+            self._append(self._timing, json.dumps(timing) + "\n")
+            self._last, self._step, self._tokens = now, step, 0.0
+
+    def _append(self, file: Any, line: str) -> None:
+        file.write(line.encode())
+        file.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._timing.close()
+
+
+class _TensorBoard(_Sink):
+    def __init__(self, folder: epath.Path, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        # The reader drops events after the restored step, written before the kill. File names otherwise differ by the second only.
+        self._writer = SummaryWriter(os.fspath(folder), purge_step=start_step + 1, filename_suffix=f".{start_step}")
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value.item(), step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        remedy = 'install it with `pip install "rlhf-jax[wandb]"` or unset it'
+        raise UserError(f"config.log.wandb is set and Weights & Biases is not installed: {remedy}") from error
+    return wandb
+
+
+class _WandB(_Sink):
+    def __init__(self, service: Any, root: epath.Path, options: Mapping[str, Any]):
+        self._run = service.init(**{"dir": os.fspath(root), "resume": "allow", **options})
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        self._run.log(_floats(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _headline(values: Mapping[str, np.generic]) -> str:
+    """What the console shows: the loss and the score of a step, or all of an evaluation."""
+    losses = [name for name in values if name == "loss" or name.startswith("loss/")][:1]
+    extra = [name for name in ("objective/score", "reward/accuracy", "objective/kl") if name in values]
+    shown = [*losses, *extra] if losses else list(values)
+    return "  ".join(f"{name} {float(values[name]):.4g}" for name in shown)
+
+
+class _Bar(_Sink):
+    """A progress bar; evaluations scroll above it."""
+
+    def __init__(self, start_step: int, total_steps: int):
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        if step > self._bar.n:
+            self._bar.set_postfix_str(_headline(values), refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            self._bar.write(f"step {step}  {_headline(values)}", file=sys.stderr)
+
+    def flush(self) -> None:
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Plain(_Sink):
+    """One line now and then, for a log file or a pipe."""
+
+    def __init__(self, start_step: int, total_steps: int):
+        self._start, self._total, self._step = start_step, total_steps, start_step
+        self._began = time.perf_counter()
+        self._printed = -math.inf
+
+    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:
+        self._step = max(self._step, step)
+
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
+        now = time.perf_counter()
+        evaluation = step <= self._step
+        self._step = max(self._step, step)
+        if not evaluation and step < self._total and now - self._printed < PLAIN_LINE_SECONDS:
+            return
+        self._printed = now
+        rate = (step - self._start) / max(now - self._began, 1e-9)
+        speed = "" if evaluation else f"  {rate:.3g} steps/s"
+        print(f"step {step}/{self._total}  {_headline(values)}{speed}", file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""Online RL as pure stages: rollout → score → step, the same step as offline.
+
+When the reward is a JAX function the three compose into one jitted iteration. When it needs the host (a Python verifier, a reward model
+with another tokenizer) the same rollout and step run with the host between. Same functions, two compositions: the same tokens, the same
+updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+
+from rlhf_jax import sampling
+from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.rewards import learned
+from rlhf_jax.types import Array, Prompts, PyTree, Rollout, TrainState
+
+Stage = Callable[..., Any]
+
+
+def make_rollout(spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int) -> Stage:
+    """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row.
+
+    Args:
+      spec: the networks' static part; its temperature divides the sampler's logits too.
+      options: config.sampling.
+      stop_ids, pad_id: from the tokenizer.
+    """
+
+    def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array, iteration: Array) -> Rollout:
+        return sampling.generate(
+            Networks(params, frozen, spec), prompts, key, iteration=iteration, max_new_tokens=options["max_new_tokens"],
+            temperature=spec.temperature, top_k=options["top_k"], top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id,
+        )  # fmt: skip
+
+    return rollout
+
+
+def make_score(spec: NetworkSpec, mean: float, std: float) -> Stage:
+    """`(params, frozen, rollout) -> [B]`, the frozen reward model's score of each row, (score − mean) / std.
+
+    Args:
+      spec: the networks' static part.
+      mean, std: of the reward model over its reference set; 0 and 1 leave the score as it is.
+    """
+
+    def score(params: PyTree, frozen: PyTree, rollout: Rollout) -> Array:
+        return learned.normalise(learned.score(Networks(params, frozen, spec), rollout), mean, std)
+
+    return score
+
+
+def fuse(rollout: Stage, score: Stage, step: Stage) -> Callable[[TrainState, PyTree, Prompts], tuple[TrainState, Any, Rollout]]:
+    """One iteration `(state, frozen, prompts) -> (state, metrics, rollout)`, to be jitted whole.
+
+    Args:
+      rollout: from make_rollout.
+      score: `(params, frozen, rollout) -> [B]`, pure JAX.
+      step: from train.step.make_step.
+    """
+
+    def iteration(state: TrainState, frozen: PyTree, prompts: Prompts) -> tuple[TrainState, Any, Rollout]:
+        rolled = rollout(state.params, frozen, prompts, state.key, state.batch_index)
+        scores = score(state.params, frozen, rolled)
+        chex.assert_equal_shape([scores, rolled.truncated])
+        rolled = rolled.replace(scores=scores)
+        state, metrics = step(state, frozen, rolled)
+        return state, metrics, rolled
+
+    return iteration

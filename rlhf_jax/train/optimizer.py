@@ -1,0 +1,115 @@
+"""Optax by config: AdamW or Muon, warm-up and schedule, clipping, decay without norms and biases, skipped non-finite steps, EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import PyTree
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "muon")
+NEVER = 2**31 - 1  # optax accepts a non-finite update after this many in a row; the loop stops the run long before
+
+
+class EmaState(NamedTuple):
+    """Exponential moving average of the parameters."""
+
+    ema: PyTree
+
+
+def params_ema(decay: float) -> optax.GradientTransformation:
+    """Keeps ema ← decay·ema + (1 − decay)·params in the optimizer's state; updates pass unchanged. It stands last in a chain.
+
+    Args:
+      decay: in (0, 1).
+    """
+
+    def update(updates: PyTree, state: EmaState, params: PyTree | None = None) -> tuple[PyTree, EmaState]:
+        new = optax.apply_updates(params, updates)
+        return updates, EmaState(jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, new))
+
+    return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.array, params)), update)
+
+
+def evaluation_params(params: PyTree, opt_state: PyTree) -> PyTree:
+    """The parameters' moving average where there is one, else the parameters."""
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState)) if isinstance(s, EmaState)]
+    return found[0].ema if found else params
+
+
+def schedule(config: Mapping[str, Any], total: int) -> Callable[[Any], Any]:
+    """Learning rate at update n: linear warm-up from 0, then constant, linear or cosine down to `end_lr_ratio · lr` at `total`.
+
+    Args:
+      config: config.optimizer.
+      total: updates of the whole run.
+    """
+    lr, warmup = config["lr"], config["warmup_steps"]
+    if config["schedule"] not in SCHEDULES:
+        raise UserError(f"config.optimizer.schedule = {config['schedule']!r}: must be one of {', '.join(SCHEDULES)}")
+    end, length = lr * config["end_lr_ratio"], max(total - warmup, 1)
+    body = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, end, length),
+        "cosine": optax.cosine_decay_schedule(lr, length, alpha=config["end_lr_ratio"]),
+    }[config["schedule"]]
+    # The first update has a positive rate: (n + 1) / warmup.
+    return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup - 1), body], [warmup - 1]) if warmup > 1 else body
+
+
+def _leaf_name(path: Any) -> str:
+    return str(getattr(path[-1], "key", path[-1]))
+
+
+def decays(params: PyTree) -> PyTree:
+    """True where weight decay applies: everything but norms and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _leaf_name(path) not in ("scale", "bias"), params)
+
+
+def _muon_dimensions(params: PyTree) -> PyTree:
+    """Muon for the layers' matrices (a leading axis of stacked layers is a batch axis), Adam for all else."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        in_layers = any(getattr(part, "key", None) == "layers" for part in path)
+        matrix = in_layers and _leaf_name(path) == "kernel"
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if matrix else None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def build(config: Mapping[str, Any], total: int) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
+    """The optimizer and its learning-rate schedule.
+
+    Args:
+      config: config.optimizer.
+      total: updates of the whole run.
+
+    Returns:
+      The transformation, whose state also counts non-finite updates (`optax.apply_if_finite`), and the schedule.
+    """
+    rate = schedule(config, total)
+    moments = jnp.dtype(config["moment_dtype"])
+    if config["name"] == "adamw":
+        core = optax.adamw(
+            rate, b1=config["b1"], b2=config["b2"], eps=config["eps"], mu_dtype=moments, weight_decay=config["weight_decay"], mask=decays
+        )
+    elif config["name"] == "muon":
+        core = optax.contrib.muon(
+            rate, beta=config["muon_beta"], weight_decay=config["weight_decay"], weight_decay_mask=decays, mu_dtype=moments,
+            adam_b1=config["b1"], adam_b2=config["b2"], adam_weight_decay=config["weight_decay"], consistent_rms=0.2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )  # fmt: skip
+    else:
+        raise UserError(f"config.optimizer.name = {config['name']!r}: must be one of {', '.join(OPTIMIZERS)}")
+    parts = [core]
+    if config["clip_norm"] > 0:
+        parts.insert(0, optax.clip_by_global_norm(config["clip_norm"]))
+    if config["ema_decay"] > 0:
+        parts.append(params_ema(config["ema_decay"]))
+    return optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=NEVER), rate

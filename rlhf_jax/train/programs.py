@@ -1,0 +1,218 @@
+"""The compiled programs of a run: one that advances the state by a batch, one that validates, one that reads reward scores.
+
+Offline: the step. Online with a JAX reward: rollout, score and step as one program. Online with a host reward: rollout and step apart, the
+reward function between. All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import distributed, sharding
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Networks
+from rlhf_jax.ops import masking
+from rlhf_jax.rewards import host as host_rewards
+from rlhf_jax.rewards import learned
+from rlhf_jax.train import online
+from rlhf_jax.train.assemble import Experiment
+from rlhf_jax.train.optimizer import evaluation_params
+from rlhf_jax.train.step import fill_reference, make_step
+from rlhf_jax.types import Array, Comparisons, Mean, Prompts, PyTree, Rollout, TrainState
+
+RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
+VALIDATION_KEY = 2**30  # folded into the run's key: validation draws the same numbers each time
+
+
+class Programs:
+    """Jits lazily what `exp` needs; `advance` is the train step, `validate` the validation."""
+
+    def __init__(self, exp: Experiment) -> None:
+        self.exp = exp
+        run = exp.config["run"]
+        step = make_step(
+            exp.objective, exp.spec, exp.optimizer, exp.rate, microbatches=run["microbatches"], epochs=run["epochs"],
+            minibatches=run["minibatches"],
+        )  # fmt: skip
+        self._host_reward: Callable[[Rollout], np.ndarray] | None = None
+        jit_state = functools.partial(sharding.jit, mesh=exp.mesh, donate=(0,))
+        if not exp.online:
+            self._step = jit_state(step, out_shardings=(exp.start.shardings, None))
+        else:
+            self.rollout = online.make_rollout(
+                exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
+            )  # fmt: skip
+            self._rollout = sharding.jit(self.rollout, exp.mesh)
+            self.score = self._reward()
+            if self._host_reward is None and exp.config["fused"]:
+                fused = online.fuse(self.rollout, self.score, step)
+                self._step = jit_state(fused, out_shardings=(exp.start.shardings, None, None))
+            else:
+                self._score = sharding.jit(self.score, exp.mesh) if self._host_reward is None else None
+                self._step = jit_state(step, out_shardings=(exp.start.shardings, None))
+
+    def advance(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
+        """One batch: an update, or a whole RL iteration. `state`'s buffers are donated."""
+        frozen = self.exp.frozen
+        if not self.exp.online:
+            state, metrics = self._step(state, frozen, batch)
+            return state, metrics, None
+        if self._host_reward is None and self.exp.config["fused"]:
+            return self._step(state, frozen, batch)
+        rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
+        rolled = rolled.replace(scores=self._scores(state.params, rolled))
+        state, metrics = self._step(state, frozen, rolled)
+        return state, metrics, rolled
+
+    def compilations(self) -> int:
+        """How often the train step was compiled; more than once after warm-up is a bug."""
+        return self._step._cache_size()
+
+    def _scores(self, params: PyTree, rolled: Rollout) -> Array:
+        if self._host_reward is None:
+            return self._score(params, self.exp.frozen, rolled)
+        scores = np.asarray(self._host_reward(rolled), np.float32)
+        return distributed.to_global(scores, sharding.row_sharding(self.exp.mesh))
+
+    def _reward(self) -> Any:
+        """The reward as a pure function; or None, and `_host_reward` set, when it needs the host."""
+        exp = self.exp
+        if exp.reward is None:
+            function = host_rewards.load_reward_fn(exp.config["reward_fn"])
+            self._host_reward = functools.partial(_call_reward, exp, function)
+            return None
+        mean, std = 0.0, 1.0
+        if exp.config["reward_normalise"]:
+            if "reward_mean" not in exp.reward.meta:
+                raise UserError(f"config.reward_normalise is on, but config.reward_from = {exp.reward.path!r} stores no reward_mean and "
+                                "reward_std: train it with a validation file, or switch it off")  # fmt: skip
+            mean, std = float(exp.reward.meta["reward_mean"]), float(exp.reward.meta["reward_std"])
+        if exp.reward.tokenizer.digest == exp.tokenizer.digest and exp.reward.chat_template().digest == exp.template.digest:
+            return online.make_score(exp.spec, mean, std)
+        self._host_reward = functools.partial(_retokenised, exp, self._foreign_reward(mean, std))
+        return None
+
+    def _foreign_reward(self, mean: float, std: float) -> Any:
+        """A reward model that reads text through its own tokenizer and template."""
+        exp = self.exp
+        assert exp.reward is not None and exp.spec.reward is not None
+
+        def score(seqs: Any) -> Array:
+            scores = Networks({}, exp.frozen, exp.spec).reward(seqs).scores
+            return learned.normalise(masking.at_last_real(scores, seqs.segment_ids), mean, std)
+
+        jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
+        encoder = Encoder(
+            exp.reward.tokenizer, exp.reward.chat_template(), max_length=exp.spec.reward.context, prompt_length=None, overlong="truncate"
+        )  # fmt: skip
+        return host_rewards.RetokenisedReward(encoder, lambda seqs: jitted(distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
+
+    # --- validation ---
+
+    @functools.cached_property
+    def _validate(self) -> Any:
+        exp = self.exp
+
+        def offline(params: PyTree, opt_state: PyTree, carry: PyTree, frozen: PyTree, key: Array, batch: PyTree) -> dict[str, Mean]:
+            nets = Networks(evaluation_params(params, opt_state), frozen, exp.spec)
+            batch = fill_reference(nets, batch)
+            batch, _, prepared = exp.objective.prepare(nets, batch, carry, key)
+            terms, metrics = exp.objective.loss(nets, batch, None)
+            return {**prepared, **metrics, **{f"loss/{name}": term for name, term in terms.items()}}
+
+        return sharding.jit(offline, exp.mesh)
+
+    def validate(self, state: TrainState) -> dict[str, Mean]:
+        """Metrics over the validation set, named `eval/…`: an objective's own offline, the mean score of fresh samples online."""
+        limit = self.exp.config["validation"]["batches"] or None
+        total: dict[str, Mean] = {}
+        for number, batch in enumerate(self.exp.valid_data.eval_batches()):
+            if limit is not None and number >= limit:
+                break
+            placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
+            found = self._validate_online(state, placed) if self.exp.online else self._validate(
+                state.params, state.opt_state, state.carry, self.exp.frozen, state.key, placed
+            )  # fmt: skip
+            total = {name: total[name].merge(mean) if name in total else mean for name, mean in found.items()}
+        return {f"eval/{name}": mean for name, mean in total.items()}
+
+    def _validate_online(self, state: TrainState, prompts: Prompts) -> dict[str, Mean]:
+        params = evaluation_params(state.params, state.opt_state)
+        rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
+        if self._host_reward is None:
+            scores = self._validation_score(params, self.exp.frozen, rolled)
+        else:
+            scores = self._scores(params, rolled)
+        length = rolled.seqs.loss_mask.sum(-1)
+        return {
+            "objective/score": Mean.of(scores, rolled.real),
+            "rollout/length": Mean.of(length, rolled.real),
+            "rollout/truncated": Mean.of(rolled.truncated, rolled.real),
+        }
+
+    @functools.cached_property
+    def _validation_rollout(self) -> Any:
+        def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array) -> Rollout:
+            return self.rollout(params, frozen, prompts, jax.random.fold_in(key, VALIDATION_KEY), jnp.int32(0))
+
+        return sharding.jit(rollout, self.exp.mesh)
+
+    @functools.cached_property
+    def _validation_score(self) -> Any:
+        return sharding.jit(self.score, self.exp.mesh)
+
+    def reward_moments(self, state: TrainState) -> dict[str, float]:
+        """Mean and standard deviation of a reward model's scores over the validation pairs, for its checkpoint's meta."""
+        scores = []
+        for batch in self.exp.valid_data.eval_batches():
+            placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
+            found = self._pair_scores(state.params, state.opt_state, self.exp.frozen, placed)
+            scores.append(np.asarray(found)[np.asarray(batch.real)].ravel())
+        mean, std = learned.reference_moments(np.concatenate(scores))
+        return {"reward_mean": mean, "reward_std": std}
+
+    @functools.cached_property
+    def _pair_scores(self) -> Any:
+        def read(params: PyTree, opt_state: PyTree, frozen: PyTree, batch: Comparisons) -> Array:
+            nets = Networks(evaluation_params(params, opt_state), frozen, self.exp.spec)
+            return masking.at_last_real(nets.reward(batch.seqs).scores, batch.seqs.segment_ids)
+
+        return sharding.jit(read, self.exp.mesh)
+
+
+def completions(exp: Experiment, rolled: Rollout, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rollout's rows as text: prompt messages, response (special tokens dropped), whether it ended. Waits for the device.
+
+    Args:
+      exp: for tokenizer and prompts.
+      rolled: [B, T].
+      limit: first rows only.
+    """
+    tokens, mask, ids, truncated = (
+        np.asarray(jax.device_get(x))[:limit] for x in (rolled.seqs.tokens, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
+    )
+    return [
+        {
+            "prompt_id": int(ids[b]), "messages": exp.train_data.messages(int(ids[b])), "ended": not bool(truncated[b]),
+            "response": exp.tokenizer.decode(tokens[b][mask[b]]),
+        }
+        for b in range(len(ids))
+    ]  # fmt: skip
+
+
+def _call_reward(exp: Experiment, function: Any, rolled: Rollout) -> np.ndarray:
+    rows = completions(exp, rolled)
+    references = [exp.train_data.reference(row["prompt_id"]) for row in rows]
+    return host_rewards.call_reward_fn(function, [row["messages"] for row in rows], [row["response"] for row in rows], references)
+
+
+def _retokenised(exp: Experiment, reward: Any, rolled: Rollout) -> np.ndarray:
+    rows = completions(exp, rolled)
+    return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows])

@@ -1,0 +1,161 @@
+"""The one train step: `(state, frozen, batch) -> (state, metrics)`, for every objective.
+
+Reference log-probs → the objective's `prepare` over the global batch → epochs × minibatches of one `update`. Offline training is the case
+1 × 1. An update splits its rows into strided microbatches, sums the loss terms' counts over them first (they depend on the batch only, so the
+compiler drops that forward pass), then accumulates gradients of Σ total / count. So accumulation changes no loss, whatever its
+normalisation. Shardings are put on from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.types import Array, Mean, PyTree, Sequences, TrainState
+
+Metrics = dict[str, Mean]
+_SHUFFLE, _DROPOUT, _PREPARE = 1, 2, 3  # what a key folded from the run's key is for
+
+
+def rows(batch: PyTree) -> int:
+    """B, the leading axis of every leaf."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def interleave(batch: PyTree, parts: int) -> PyTree:
+    """[B, …] → [parts, B/parts, …], part i holding rows i, i + parts, …: a contiguous split of a sharded batch would be replicated.
+
+    Args:
+      batch: leaves leading with B, which `parts` divides.
+      parts: how many.
+    """
+    if rows(batch) % parts:
+        raise ValueError(f"{rows(batch)} rows do not split into {parts} parts")
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def fill_reference(nets: Networks, batch: PyTree) -> PyTree:
+    """`batch` with `ref_logps` in every `Sequences` that lacks them, if there is a reference.
+
+    Args:
+      nets: the networks.
+      batch: a `Sequences`, or a dataclass with fields that are.
+    """
+    if not nets.has("ref"):
+        return batch
+
+    def fill(seqs: Sequences) -> Sequences:
+        return seqs if seqs.ref_logps is not None else seqs.replace(ref_logps=nets.ref(seqs).logps)
+
+    if isinstance(batch, Sequences):
+        return fill(batch)
+    found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return batch.replace(**{name: fill(value) for name, value in found.items() if isinstance(value, Sequences)})
+
+
+def _sum(tree: PyTree, axis: int | tuple[int, ...]) -> PyTree:
+    return jax.tree.map(lambda x: x.sum(axis), tree)
+
+
+def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microbatches: int) -> tuple[PyTree, Metrics]:
+    """Gradient of Σ_terms total / count over the whole batch, accumulated over microbatches, and the merged metrics.
+
+    Args:
+      objective: has `loss(nets, batch, keys) -> (terms, metrics)`.
+      nets: `nets.params` is differentiated.
+      batch: leaves leading with B.
+      keys: [B] typed keys for dropout.
+      microbatches: how many; divides B.
+
+    Returns:
+      Gradients like `nets.params`, float32; metrics, each loss term among them as `loss/<name>`.
+    """
+
+    def counts(part: PyTree) -> dict[str, Array]:
+        terms, _ = objective.loss(nets, *part)
+        return {name: term.count for name, term in terms.items()}
+
+    def loss(params: PyTree, part: PyTree, scale: dict[str, Array]) -> tuple[Array, Metrics]:
+        terms, metrics = objective.loss(nets.replace(params=params), *part)
+        logged = {f"loss/{name}": term for name, term in terms.items()}
+        return sum(term.total * scale[name] for name, term in terms.items()), jax.lax.stop_gradient({**metrics, **logged})
+
+    def accumulate(total: tuple[PyTree, Metrics], part: PyTree) -> tuple[tuple[PyTree, Metrics], None]:
+        found = jax.grad(loss, has_aux=True)(nets.params, part, scale)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
+
+    parts = interleave((batch, keys), microbatches)
+    summed = _sum(jax.lax.map(counts, parts), 0)
+    scale = {name: 1.0 / jnp.where(count == 0, 1.0, count) for name, count in summed.items()}
+    shapes = jax.eval_shape(jax.grad(loss, has_aux=True), nets.params, jax.tree.map(lambda x: x[0], parts), scale)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+    if microbatches == 1:
+        return accumulate(start, jax.tree.map(lambda x: x[0], parts))[0]
+    return jax.lax.scan(accumulate, start, parts)[0]
+
+
+def make_step(
+    objective: Any, spec: NetworkSpec, optimizer: optax.GradientTransformation, rate: Callable[[Array], Array], *, microbatches: int,
+    epochs: int, minibatches: int,
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:  # fmt: skip
+    """The train step of an objective, a pure function to be jitted with its shardings (sharding.jit).
+
+    Args:
+      objective: from objectives.bind.
+      spec: the networks' static part.
+      optimizer, rate: from train.optimizer.build.
+      microbatches: gradient accumulation within an update.
+      epochs: passes over the batch.
+      minibatches: updates per pass; with more than one, rows are shuffled anew in each pass.
+    """
+
+    def update(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        nets = Networks(state.params, frozen, spec)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows(batch)))
+        grads, metrics = gradients(objective, nets, batch, keys, microbatches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        applied = state.step - state.opt_state.total_notfinite
+        one = jnp.float32(1.0)
+        metrics |= {
+            "optimizer/grad_norm": Mean(optax.global_norm(grads), one),
+            "optimizer/lr": Mean(jnp.asarray(rate(applied), jnp.float32), one),
+            "optimizer/skipped": Mean(1.0 - opt_state.last_finite.astype(jnp.float32), one),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    def passes(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        shuffle = jax.random.fold_in(jax.random.fold_in(state.key, _SHUFFLE), state.batch_index)
+
+        def one_pass(state: TrainState, epoch: Array) -> tuple[TrainState, Metrics]:
+            shuffled = batch
+            if minibatches > 1:
+                order = jax.random.permutation(jax.random.fold_in(shuffle, epoch), rows(batch))
+                shuffled = jax.tree.map(lambda x: x[order], batch)
+            return jax.lax.scan(lambda s, part: update(s, frozen, part), state, interleave(shuffled, minibatches))
+
+        state, metrics = jax.lax.scan(one_pass, state, jnp.arange(epochs))
+        return state, _sum(metrics, (0, 1))
+
+    def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches)
+        batch = fill_reference(nets, batch)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _PREPARE), state.batch_index)
+        batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)] + [True]))
+        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, state.carry)
+        state = state.replace(carry=carry)
+        run = update if epochs * minibatches == 1 else passes
+        state, metrics = run(state, frozen, batch)
+        # In a row, at the end of this batch: what stops a run (config.run.max_nonfinite).
+        metrics["optimizer/nonfinite_run"] = Mean(state.opt_state.notfinite_count.astype(jnp.float32), jnp.float32(1.0))
+        return state.replace(batch_index=state.batch_index + 1), {**prepared, **metrics}
+
+    return step

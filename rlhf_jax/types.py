@@ -1,0 +1,136 @@
+"""The pytrees that every room of the house shares.
+
+Alignment (law 1): a quantity of token `t` sits at `t`. `logps[b, t] = log p(tokens[b, t] | earlier tokens of its segment)`, zero at
+pads and at each segment's first token. Padding is `segment_ids == 0` (law 2). Every leaf leads with B, so that a batch is split,
+permuted or sharded by one `tree.map`. Axis letters: B rows, K branches, T tokens, R loss positions, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+PyTree = Any
+
+batch_dataclass = functools.partial(struct.dataclass, kw_only=True)
+
+
+@batch_dataclass
+class Sequences:
+    """Token rows. With K branches every [B, T] below reads [B, K, T]."""
+
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32, restart at 0 in every segment
+    segment_ids: Array  # [B, T] int32, 0 = padding, segments count from 1
+    loss_mask: Array  # [B, T] bool, tokens whose log-prob is trained on
+    ref_logps: Array | None = None  # [B, T] float32 nats, the reference's log-probs
+    loss_positions: Array | None = None  # [B, R] int32, where the head runs; padded with 0; None = everywhere
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; false on filler rows, which hold padding only."""
+        return (self.segment_ids != 0).any(-1)
+
+
+@batch_dataclass
+class Comparisons:
+    """K responses to one prompt, best first; a pair is K = 2."""
+
+    seqs: Sequences  # tokens [B, K, T]
+    margin: Array | None = None  # [B] float32, how much better the first one was said to be
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; a comparison is real when every branch is."""
+        return self.seqs.real.all(-1)
+
+
+@batch_dataclass
+class Prompts:
+    """What a rollout starts from: prompts padded on the left, so that every row generates into the same slots."""
+
+    tokens: Array  # [B, P] int32
+    positions: Array  # [B, P] int32
+    segment_ids: Array  # [B, P] int32, 0 on the left padding
+    prompt_ids: Array  # [B] int32, identity of the prompt in its data set; keys the randomness
+    sample_ids: Array  # [B] int32, which of the prompt's samples this row is
+    group_ids: Array  # [B] int32, dense in [0, B); rows of one prompt share it
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; false on filler rows."""
+        return (self.segment_ids != 0).any(-1)
+
+
+@batch_dataclass
+class Rollout:
+    """Sampled completions and all that is known of them. Three log-probs, never confused: `sampler_logps` of the distribution
+    drawn from (filters included), `old_logps` of the trainer at the same temperature, and the new ones that a loss computes."""
+
+    seqs: Sequences  # [B, T], T = P + new tokens; loss_mask marks the policy's own tokens
+    sampler_logps: Array  # [B, T] float32 nats
+    prompt_ids: Array  # [B] int32
+    sample_ids: Array  # [B] int32
+    group_ids: Array  # [B] int32, dense in [0, B)
+    truncated: Array  # [B] bool, the budget ran out before a stop token
+    version: Array  # [B] int32, the iteration whose weights sampled the row
+    scores: Array | None = None  # [B] float32, one reward per completion
+    old_logps: Array | None = None  # [B, T] float32 nats
+    values: Array | None = None  # [B, T] float32, V before token t
+    rewards: Array | None = None  # [B, T] float32
+    advantages: Array | None = None  # [B, T] float32
+    returns: Array | None = None  # [B, T] float32
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; false on filler rows."""
+        return self.seqs.real
+
+
+@batch_dataclass
+class TrainState:
+    """All that training changes, and all that a checkpoint needs. Frozen networks travel beside it."""
+
+    step: Array  # [] int32, optimizer updates
+    batch_index: Array  # [] int32, batches consumed; also the iteration of a rollout
+    params: PyTree  # only what trains: {"policy": …} or {"reward": …}, and {"critic": …} for an actor-critic
+    opt_state: PyTree
+    key: Array  # typed key of the run; counters are folded in, it never advances
+    carry: PyTree  # an objective's own state, e.g. a KL controller
+
+
+@struct.dataclass
+class Mean:
+    """A mean kept as (total, count) until the very end, so that microbatches, devices and hosts merge exactly."""
+
+    total: Array  # [] float32
+    count: Array  # [] float32
+
+    @classmethod
+    def of(cls, values: Array, mask: Array | None = None) -> Mean:
+        """Sum of `values` where `mask`, with the mask's sum. A masked value may be anything, NaN included.
+
+        Args:
+          values: any shape.
+          mask: same shape, bool or non-negative weights; None counts every entry.
+        """
+        values = values.astype(jnp.float32)
+        if mask is None:
+            return cls(values.sum(), jnp.float32(values.size))
+        if mask.shape != values.shape:
+            raise AssertionError(f"Mean.of: mask {mask.shape} and values {values.shape} differ in shape")
+        weights = mask.astype(jnp.float32)
+        return cls((jnp.where(weights != 0, values, 0.0) * weights).sum(), weights.sum())
+
+    def merge(self, other: Mean) -> Mean:
+        """The mean over both sets of entries."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def compute(self) -> Array:
+        """total / count, with 1 in place of a zero count."""
+        return self.total / jnp.where(self.count == 0, 1.0, self.count)

@@ -1,0 +1,111 @@
+import time
+
+import pytest
+
+from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.errors import UserError
+
+TURNS = (
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "r"},
+    {"role": "user", "content": "p"},
+    {"role": "assistant", "content": ""},
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def spoken(template, messages, **options):
+    text, spans = template.render(messages, **options)
+    return text, [text[s:e] for s, e in spans]
+
+
+def test_plain():
+    text, said = spoken(ChatTemplate.load("plain"), TURNS)
+    assert text == "<|bos|><|system|>s<|end|><|user|>q<|end|><|assistant|>r<|end|><|user|>p<|end|><|assistant|><|end|>"
+    assert said == ["r<|end|>", "<|end|>"]
+
+
+@pytest.mark.parametrize("name", ["plain", "lines"])
+def test_the_generation_prompt_is_the_header_of_an_answer(name):
+    template = ChatTemplate.load(name)
+    prompt, said = spoken(template, TURNS[:2], add_generation_prompt=True)
+    full, _ = template.render(TURNS[:3])
+    assert said == [] and full.startswith(prompt) and full[len(prompt) :].startswith("r<|end|>")
+
+
+def test_without_generation_blocks_prefix_differences_are_used():
+    marked = CHATML.replace("{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}",
+        "{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\\n' }}",
+    )  # fmt: skip
+    assert spoken(ChatTemplate(CHATML), TURNS) == spoken(ChatTemplate(marked), TURNS)
+    assert spoken(ChatTemplate(CHATML), TURNS)[1] == ["r<|end|>", "<|end|>"]
+
+
+def test_a_commented_generation_block_is_none():
+    assert spoken(ChatTemplate("{# {% generation %} #}" + CHATML), TURNS)[1] == ["r<|end|>", "<|end|>"]
+
+
+def test_generation_inside_a_macro_and_a_captured_block():
+    source = (
+        "{% macro say(m) %}{% generation %}{{ m.content }}!{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% set turn %}[{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ m.content }}{% endif %}]{% endset %}"
+        "{{ turn }}{% endfor %}"
+    )
+    assert spoken(ChatTemplate(source), TURNS) == ("[s][q][r!][p][!]", ["r!", "!"])
+
+
+def test_a_template_that_rewrites_turns_is_refused():
+    source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"rewrites turn 2; put \{% generation %\}"):
+        ChatTemplate(source).render(TURNS)
+
+
+def test_variables_and_files(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}{{ messages | tojson }}")
+    template = ChatTemplate.load(str(tmp_path / "t.jinja"), variables={"bos_token": "B"})
+    assert template.render([{"role": "user", "content": "<é>"}])[0] == 'B[{"role": "user", "content": "<é>"}]'
+    assert template.digest != ChatTemplate.load(str(tmp_path / "t.jinja")).digest
+
+
+def test_unknown_templates():
+    with pytest.raises(UserError, match=r"config\.data\.template expected a shipped template or a file, got 'plane'.*did you mean 'plain'"):
+        ChatTemplate.load("plane")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ 'a' * 10**9 }}", "needed more than 512 MiB"),
+        ("{{ 'a'.ljust(10**10) }}", "needed more than 512 MiB"),
+        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "wrote more than 4194304 characters"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[9].content.x }}", "UndefinedError"),
+    ],
+)
+def test_templates_that_fail_say_why(source, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        ChatTemplate(source, name="mine").render(TURNS)
+    assert str(caught.value).startswith("config.data.template expected a template that renders the conversation, got 'mine': ")
+
+
+def test_an_endless_template_is_stopped_and_the_next_rendering_works():
+    template = ChatTemplate("{% if messages | length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}x")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="took more than 5 s"):
+        template._marked(TURNS, False)
+    assert time.monotonic() - start < 8
+    assert template._marked(TURNS[:1], False)[0] == "x"
+
+
+def test_user_text_cannot_fake_the_marks_or_run_as_a_template():
+    odd = "".join(map(chr, (0x10F000, 0x10F001))) + "{{ 7 * 7 }}{% generation %}"
+    messages = ({"role": "user", "content": odd}, {"role": "assistant", "content": "r"})
+    assert spoken(ChatTemplate.load("plain"), messages) == (f"<|bos|><|user|>{odd}<|end|><|assistant|>r<|end|>", ["r<|end|>"])

@@ -1,0 +1,155 @@
+"""A fake `nets` whose parameters are tables, small enough for finite differences, enumeration and an overfit in seconds.
+
+    policy  logits [V, V] by the token before        critic  V [V] by the token before        reward  [V], summed over the row so far
+
+It keeps law 1's alignment and honours `loss_positions`, `want`, `along`-free vocabulary functions and the temperature, like the real one.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rlhf_jax.ops import masking, vocab
+from rlhf_jax.types import Array, Comparisons, Mean, Rollout, Sequences
+
+
+@struct.dataclass
+class TabularNets:
+    """`params` holds any of policy, critic and reward; `frozen` may hold ref."""
+
+    params: dict[str, Array]
+    frozen: dict[str, Array]
+    temperature: float = struct.field(pytree_node=False, default=1.0)
+    calls: list[Any] | None = struct.field(pytree_node=False, default=None)  # what `policy` was asked for, when a test wants to know
+
+    def policy(self, seqs: Sequences, keys: Array | None = None, want: tuple[Any, ...] = (vocab.logps,), along: Any = None) -> Any:
+        if self.calls is not None:
+            self.calls.append(want)
+        return self._read(self.params["policy"], seqs, want)
+
+    def ref(self, seqs: Sequences, want: tuple[Any, ...] = (vocab.logps,)) -> Any:
+        return self._read(self.frozen["ref"], seqs, want)
+
+    def reward(self, seqs: Sequences, keys: Array | None = None) -> Any:
+        scores = jnp.cumsum(jnp.where(seqs.segment_ids != 0, self.params["reward"][seqs.tokens], 0.0), axis=-1)
+        return types.SimpleNamespace(scores=jnp.where(seqs.segment_ids != 0, scores, 0.0))
+
+    def _read(self, table: Array, seqs: Sequences, want: tuple[Any, ...]) -> Any:
+        before = jnp.concatenate([seqs.tokens[..., :1], seqs.tokens[..., :-1]], axis=-1)
+        starts = masking.segment_starts(seqs.segment_ids)
+        headless = starts
+        if seqs.loss_positions is not None:
+            chosen = jax.nn.one_hot(seqs.loss_positions, seqs.tokens.shape[-1]).any(-2)
+            headless = starts | ~chosen
+        out = {f.__name__: jnp.where(headless, 0.0, f(table[before] / self.temperature, seqs.tokens)) for f in want if callable(f)}
+        if "values" in want:
+            out["values"] = jnp.where(starts, 0.0, self.params["critic"][before])
+        return types.SimpleNamespace(**out)
+
+
+def nets(rng: np.random.Generator, vocabulary: int, *, moved: float = 0.5) -> TabularNets:
+    """Random tables; the reference differs from the policy by noise of size `moved` (0: the two are equal)."""
+    policy = rng.normal(size=(vocabulary, vocabulary)).astype(np.float32)
+    noise = rng.normal(size=policy.shape).astype(np.float32)
+    tables = {"policy": policy, "critic": rng.normal(size=vocabulary), "reward": rng.normal(size=vocabulary)}
+    return TabularNets({k: jnp.asarray(v, jnp.float32) for k, v in tables.items()}, {"ref": jnp.asarray(policy + moved * noise)})
+
+
+def sequences(rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int, *, filler: bool = False, packed: bool = False) -> Sequences:
+    """Rows with padding on both sides, a prompt and a response with a gap in it; the last row is filler if asked.
+
+    Row 0 keeps a single loss token. Tokens on padding are random: nothing may read them. `loss_mask` is true on filler, on purpose.
+    """
+    length = shape[-1]
+    tokens = rng.integers(0, vocabulary, shape)
+    segments, wanted = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for number, index in enumerate(np.ndindex(*shape[:-1])):
+        left, right = rng.integers(0, 2), length - rng.integers(0, 3)
+        segments[index][left:right] = 1
+        middle = rng.integers(left + 1, right - 1)
+        wanted[index][middle:right] = rng.random(right - middle) < 0.8
+        wanted[index][right - 1] = True
+        if packed and right - middle > 2:
+            segments[index][middle:right] = 2
+        if number == 0:
+            wanted[index] = False
+            wanted[index][right - 1] = True
+    if filler:
+        segments[-1], wanted[-1] = 0, True
+    positions = np.maximum(np.cumsum(segments != 0, -1) - 1, 0)
+    to = lambda x, kind: jnp.asarray(x, kind)  # noqa: E731
+    return Sequences(tokens=to(tokens, jnp.int32), positions=to(positions, jnp.int32), segment_ids=to(segments, jnp.int32),
+                     loss_mask=to(wanted, bool))  # fmt: skip
+
+
+def with_reference(fake: TabularNets, batch: Any) -> Any:
+    """What the step does before `prepare`."""
+    if isinstance(batch, Sequences):
+        return batch.replace(ref_logps=fake.ref(batch).logps)
+    return batch.replace(seqs=with_reference(fake, batch.seqs))
+
+
+def comparisons(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, filler: bool = False, margin: bool = False) -> Comparisons:
+    margins = jnp.asarray(rng.random(rows), jnp.float32) if margin else None
+    return Comparisons(seqs=sequences(rng, (rows, 2, length), vocabulary, filler=filler), margin=margins)
+
+
+def rollout(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, group: int = 2, filler: bool = False) -> Rollout:
+    """A rollout of random tokens and scores; row 1 is truncated."""
+    seqs = sequences(rng, (rows, length), vocabulary, filler=filler)
+    return scored(seqs, jnp.asarray(rng.normal(size=rows), jnp.float32), group=group).replace(truncated=jnp.arange(rows) == 1)
+
+
+def scored(seqs: Sequences, scores: Array, *, group: int) -> Rollout:
+    """A rollout of given sequences and scores, `group` neighbouring rows to a prompt."""
+    index = jnp.arange(seqs.tokens.shape[0], dtype=jnp.int32)
+    return Rollout(seqs=seqs, sampler_logps=jnp.zeros(seqs.tokens.shape), prompt_ids=index // group, sample_ids=index % group,
+                   group_ids=index // group, truncated=jnp.zeros(index.shape, bool), version=jnp.zeros_like(index), scores=scores)  # fmt: skip
+
+
+def sample(fake: TabularNets, key: Array, rows: int, length: int) -> Sequences:
+    """Rows that start with token 0 and go on with `length` tokens drawn from the policy."""
+
+    def draw(token: Array, step_key: Array) -> tuple[Array, Array]:
+        token = jax.random.categorical(step_key, fake.params["policy"][token] / fake.temperature).astype(jnp.int32)
+        return token, token
+
+    first = jnp.zeros(rows, jnp.int32)
+    _, drawn = jax.lax.scan(draw, first, jax.random.split(key, length))
+    tokens = jnp.concatenate([first[None], drawn]).T
+    positions = jnp.broadcast_to(jnp.arange(length + 1, dtype=jnp.int32), tokens.shape)
+    return Sequences(tokens=tokens, positions=positions, segment_ids=jnp.ones_like(tokens), loss_mask=positions > 0)
+
+
+def value(terms: dict[str, Mean]) -> Array:
+    """Σ_terms total / count: what training minimises."""
+    return sum((term.compute() for term in terms.values()), jnp.float32(0.0))
+
+
+def objective(bound: Any, fake: TabularNets, batch: Any) -> tuple[Array, dict[str, Array]]:
+    """The objective's value and its gradient for every table."""
+    return jax.jit(jax.value_and_grad(lambda p: value(bound.loss(fake.replace(params=p), batch, None)[0])))(fake.params)
+
+
+def as_numpy(batch: Any) -> Any:
+    return jax.tree.map(np.asarray, batch)
+
+
+def float64(fake: TabularNets) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    return {k: np.asarray(v, np.float64) for k, v in fake.params.items()}, np.asarray(fake.frozen["ref"], np.float64)
+
+
+def descend(bound: Any, fake: TabularNets, batch: Any, *, steps: int, rate: float) -> TabularNets:
+    """Plain gradient descent on one fixed batch."""
+
+    def step(params: Any, _: None) -> tuple[Any, None]:
+        grads = jax.grad(lambda p: value(bound.loss(fake.replace(params=p), batch, None)[0]))(params)
+        return jax.tree.map(lambda p, g: p - rate * g, params, grads), None
+
+    return fake.replace(params=jax.jit(lambda p: jax.lax.scan(step, p, None, length=steps)[0])(fake.params))

@@ -1,0 +1,145 @@
+"""What must hold for every objective: the form of its module, microbatch invariance, and indifference to padding and filler."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import objectives
+from rlhf_jax.types import Mean, Sequences
+from tests.objectives import tabular
+from tests.objectives.settings import CONFIGS, V, case
+
+NAMES = sorted(CONFIGS)
+
+
+def close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def test_every_built_in_objective_is_tested_here():
+    assert objectives.names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_module_cites_its_paper_and_has_no_defaults(name):
+    module = objectives.load(name)
+    assert "See: " in module.__doc__ and "Deviation: " in module.__doc__
+    for function in vars(module).values():
+        if inspect.isfunction(function) and function.__module__ == module.__name__:
+            assert all(p.default is p.empty for p in inspect.signature(function).parameters.values()), function
+            assert function.__name__ in objectives.POSITIONAL or "Args:" in function.__doc__, function
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_and_metrics_are_means_and_counts_ignore_the_parameters(name):
+    bound, fake, batch = case(name)
+    terms, metrics = bound.loss(fake, batch, None)
+    assert terms and all(isinstance(m, Mean) and m.total.shape == m.count.shape == () for m in (terms | metrics).values())
+    assert not terms.keys() & metrics.keys()
+    elsewhere, _ = bound.loss(fake.replace(params=jax.tree.map(lambda x: 3 * x + 1, fake.params)), batch, None)
+    close({k: m.count for k, m in terms.items()}, {k: m.count for k, m in elsewhere.items()}, rtol=0, atol=0)
+    slopes = jax.grad(lambda p: sum(m.count for m in bound.loss(fake.replace(params=p), batch, None)[0].values()))(fake.params)
+    close(slopes, jax.tree.map(jnp.zeros_like, slopes), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_microbatches_merge_to_the_whole(name, parts):
+    bound, fake, batch = case(name)
+
+    def split(params):
+        pieces = [jax.tree.map(lambda x, i=i: x[i::parts], batch) for i in range(parts)]
+        results = [bound.loss(fake.replace(params=params), piece, None) for piece in pieces]
+        merged = jax.tree.map(lambda *x: sum(x), *results)
+        return tabular.value(merged[0]), merged[1]
+
+    whole = jax.value_and_grad(lambda p: tabular.value(bound.loss(fake.replace(params=p), batch, None)[0]))(fake.params)
+    (value, metrics), gradient = jax.value_and_grad(split, has_aux=True)(fake.params)
+    close((value, gradient), whole)
+    close(metrics, bound.loss(fake, batch, None)[1])
+
+
+def scrambled(batch, seed=7):
+    """Other tokens on the padding, and rubbish in every array of the filler row."""
+    rng = np.random.default_rng(seed)
+
+    def seqs(s: Sequences) -> Sequences:
+        noise = jnp.asarray(rng.integers(0, V, s.tokens.shape), jnp.int32)
+        return s.replace(tokens=jnp.where(s.segment_ids == 0, noise, s.tokens))
+
+    if isinstance(batch, Sequences):
+        return seqs(batch)
+    spoil = {f.name: getattr(batch, f.name).at[-1].set(1e6) for f in dataclasses.fields(batch)
+             if f.name in ("scores", "margin") and getattr(batch, f.name) is not None}  # fmt: skip
+    return batch.replace(seqs=seqs(batch.seqs), **spoil)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_and_filler_rows_hold_nothing_that_counts(name):
+    rng = np.random.default_rng(3)
+    bound, fake, _ = case(name)
+    make = {"Sequences": lambda: tabular.sequences(rng, (6, 8), V, filler=True),
+            "Comparisons": lambda: tabular.comparisons(rng, 6, 8, V, filler=True, margin=True),
+            "Rollout": lambda: tabular.rollout(rng, 6, 8, V, filler=True)}[bound.batch_type.__name__]  # fmt: skip
+    clean = tabular.with_reference(fake, make())
+    longer = jax.tree.map(lambda x: x[:-1], clean)  # the filler row taken away: rows 0–4 form the same groups
+    results = []
+    for batch in (clean, scrambled(clean), longer):
+        batch, carry, prepared = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
+        terms, metrics = bound.loss(fake, batch, None)
+        gradient = jax.grad(lambda p, b=batch: tabular.value(bound.loss(fake.replace(params=p), b, None)[0]))(fake.params)
+        results.append((terms, metrics, prepared, carry, gradient))
+    close(results[0], results[1])
+    close(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
+    bound, fake, batch = case(name, filler=False)
+    seqs = batch if isinstance(batch, Sequences) else batch.seqs
+    seqs = seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))
+    batch = seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
+    batch, _, metrics = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
+    value, gradient = tabular.objective(bound, fake, batch)
+    assert float(value) == 0.0
+    close(gradient, jax.tree.map(jnp.zeros_like, gradient), rtol=0, atol=0)
+    assert all(np.isfinite(m.compute()) for m in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "reward"])
+def test_log_ratios_of_fifty_nats_stay_finite(name):
+    bound, fake, batch = case(name)
+    for shift in (-50.0, 50.0):
+        far = {k: v.at[..., 1].add(shift) for k, v in fake.params.items()}
+        value, gradient = tabular.objective(bound, fake.replace(params=far), batch)
+        assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo"])
+def test_the_head_on_loss_positions_only_changes_nothing(name):
+    bound, fake, batch = case(name)
+    seqs = batch if isinstance(batch, Sequences) else batch.seqs
+    loss_mask, length = np.asarray(seqs.loss_mask), seqs.tokens.shape[-1]
+    positions = np.zeros(loss_mask.shape, np.int32)
+    for index in np.ndindex(*loss_mask.shape[:-1]):
+        own = np.flatnonzero(loss_mask[index])
+        positions[index][: len(own)] = own
+    assert positions.shape[-1] == length
+    seqs = seqs.replace(loss_positions=jnp.asarray(positions))
+    sparse = seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
+    close(tabular.objective(bound, fake, batch), tabular.objective(bound, fake, sparse))
+
+
+def test_a_pair_objective_refuses_other_numbers_of_branches():
+    rng = np.random.default_rng(0)
+    for name in ("dpo", "reward"):
+        bound, fake, batch = case(name)
+        three = batch.replace(seqs=tabular.with_reference(fake, tabular.sequences(rng, (6, 3, 8), V)))
+        with pytest.raises(AssertionError):
+            bound.loss(fake, three, None)

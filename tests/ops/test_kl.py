@@ -1,0 +1,69 @@
+"""KL estimators: values, and their expectation and gradient against the exact KL, enumerated over a small vocabulary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.ops.kl import MAX_LOG_RATIO, exp_ratio, k1, k2, k3
+from tests.reference import maths
+
+X = np.array([-50.0, -3.0, -1e-3, 0.0, 1e-6, 1e-3, 0.7, 3.0, 50.0])
+
+
+@pytest.mark.parametrize("estimator, slow", [(k1, lambda x: x), (k2, lambda x: x * x / 2), (k3, maths.k3)])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_values(estimator, slow, jitted):
+    got = (jax.jit(estimator) if jitted else estimator)(jnp.asarray(X, jnp.float32))
+    np.testing.assert_allclose(got, [slow(float(np.float32(x))) for x in X], rtol=1e-4, atol=1e-9)  # float32 keeps x to 6e-8 · |x|
+
+
+def test_k3_is_never_negative_and_has_finite_gradients():
+    x = jnp.asarray(np.concatenate([np.linspace(-1e-3, 1e-3, 999), [-200.0, -60.0, 60.0, 200.0]]), jnp.float32)
+    assert (k3(x) >= 0).all()
+    assert np.isfinite(k3(x)).all() and np.isfinite(jax.vmap(jax.grad(k3))(x)).all()
+    inside = X[np.abs(X) > 1e-4]
+    np.testing.assert_allclose(jax.vmap(jax.grad(k3))(jnp.asarray(inside, jnp.float32)), 1 - np.exp(-inside), rtol=1e-4)
+
+
+def test_exp_ratio_saturates():
+    assert float(exp_ratio(jnp.float32(0.0))) == 1.0
+    np.testing.assert_allclose(exp_ratio(jnp.float32(50.0)), np.exp(50.0), rtol=1e-4)
+    np.testing.assert_allclose(exp_ratio(jnp.float32(1e4)), np.exp(MAX_LOG_RATIO), rtol=1e-4)
+    assert float(jax.grad(exp_ratio)(1e4)) == 0.0
+
+
+def _expected(estimator, z, ref, *, weighted=False):
+    """E over actions drawn from the *fixed* policy, enumerated; with `weighted`, importance-weighted by π/π_old."""
+    log_p = jax.nn.log_softmax(z)
+    drawn = jax.lax.stop_gradient(log_p)
+    weight = exp_ratio(log_p - drawn) if weighted else 1.0
+    return (jnp.exp(drawn) * weight * estimator(log_p - jax.nn.log_softmax(ref))).sum()
+
+
+def _kl(z, ref):
+    log_p = jax.nn.log_softmax(z)
+    return (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(ref))).sum()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_expectations_and_gradients_against_the_exact_kl(seed):
+    rng = np.random.default_rng(seed)
+    z, ref = jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray(rng.normal(size=6), jnp.float32)
+    exact, forward = jax.grad(_kl)(z, ref), jax.grad(lambda z: _kl(ref, z))(z)
+    close = {"rtol": 1e-3, "atol": 1e-5}
+    np.testing.assert_allclose(_expected(k1, z, ref), _kl(z, ref), **close)
+    np.testing.assert_allclose(_expected(k3, z, ref), _kl(z, ref), **close)
+    assert abs(float(_expected(k2, z, ref) - _kl(z, ref))) > 1e-2  # biased in value
+    np.testing.assert_allclose(jax.grad(_expected, 1)(k1, z, ref), np.zeros(6), atol=1e-6)
+    np.testing.assert_allclose(jax.grad(_expected, 1)(k2, z, ref), exact, **close)
+    np.testing.assert_allclose(jax.grad(_expected, 1)(k3, z, ref), forward, **close)
+    assert float(jnp.abs(exact - forward).max()) > 1e-2  # the two directions differ here, so the line above says something
+    weighted = jax.grad(lambda z: _expected(k3, z, ref, weighted=True))(z)
+    np.testing.assert_allclose(weighted, exact, **close)
+
+
+@pytest.mark.parametrize("f", [k1, k2, k3, exp_ratio])
+def test_wrong_types_are_refused(f):
+    with pytest.raises(AssertionError):
+        f(jnp.ones(3, jnp.int32))

@@ -1,0 +1,100 @@
+"""Filters against a slow loop: which tokens stay, ties, the ends of every range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.ops import logit_filters as filters
+
+
+def slow_top_k(row, k):
+    order = sorted(range(len(row)), key=lambda v: (-row[v], v))
+    return set(order[:k])
+
+
+def slow_top_p(row, p):
+    weights = [np.exp(float(v) - float(max(row))) for v in row]
+    order = sorted(range(len(row)), key=lambda v: (-row[v], v))
+    kept, mass = set(), 0.0
+    for v in order:
+        if mass >= p * sum(weights):
+            break
+        kept.add(v)
+        mass += weights[v]
+    return kept
+
+
+def kept(logits):
+    return [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(logits)]
+
+
+LOGITS = np.random.default_rng(0).normal(size=(6, 11)).astype(np.float32) * 2
+TIES = np.array([[1, 1, 1, 1, 1, 1], [0, 2, 2, 0, 2, 1], [3, 3, 0, 0, 0, 0]], np.float32)
+
+
+@pytest.mark.parametrize("logits", [LOGITS, TIES])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_top_k(logits, k, jitted):
+    f = lambda z: filters.top_k(z, k=k)  # noqa: E731
+    got = (jax.jit(f) if jitted else f)(jnp.asarray(logits))
+    assert kept(got) == [slow_top_k(row, k) for row in logits]
+    np.testing.assert_array_equal(np.where(np.isfinite(got), got, logits), logits)  # what stays is unchanged
+
+
+@pytest.mark.parametrize("logits", [LOGITS, TIES])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.62, 0.95])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_top_p(logits, p, jitted):
+    f = lambda z: filters.top_p(z, p=p)  # noqa: E731
+    got = (jax.jit(f) if jitted else f)(jnp.asarray(logits))
+    assert kept(got) == [slow_top_p(row, p) for row in logits]
+    assert all(int(row.argmax()) in found for row, found in zip(logits, kept(got)))
+
+
+def test_top_p_by_hand():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
+    assert kept(filters.top_p(logits, p=0.4)) == [{1}]
+    assert kept(filters.top_p(logits, p=0.6)) == [{1, 3}]
+    assert kept(filters.top_p(logits, p=0.8)) == [{1, 2, 3}]
+
+
+def test_no_ops_are_decided_statically():
+    logits = jnp.asarray(LOGITS)
+    assert filters.top_k(logits, k=0) is logits
+    assert filters.top_k(logits, k=11) is logits and filters.top_k(logits, k=99) is logits
+    assert filters.top_p(logits, p=1.0) is logits
+    assert filters.temperature(logits, t=1.0) is logits
+
+
+def test_temperature_divides():
+    np.testing.assert_allclose(filters.temperature(jnp.asarray(LOGITS), t=0.5), LOGITS * 2)
+
+
+def test_removed_tokens_stay_removed_when_filters_are_chained():
+    once = filters.top_k(jnp.asarray(LOGITS), k=2)
+    twice = filters.top_p(once, p=0.999)
+    assert all(after <= before and after for before, after in zip(kept(once), kept(twice)))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: filters.top_k(jnp.ones((1, 3)), k=-1),
+    lambda: filters.top_p(jnp.ones((1, 3)), p=0.0),
+    lambda: filters.top_p(jnp.ones((1, 3)), p=1.1),
+    lambda: filters.temperature(jnp.ones((1, 3)), t=0.0),
+])  # fmt: skip
+def test_settings_out_of_range_name_the_config_key(call):
+    with pytest.raises(UserError, match=r"sampling\."):
+        call()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: filters.top_k(jnp.ones(3), k=1),
+    lambda: filters.top_p(jnp.ones((1, 2, 3)), p=0.5),
+    lambda: filters.temperature(jnp.ones(3), t=1.0),
+])  # fmt: skip
+def test_wrong_shapes_are_refused(call):
+    with pytest.raises(AssertionError):
+        call()

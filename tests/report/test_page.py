@@ -1,0 +1,154 @@
+"""The page is one file, shows what the results say, and shows model output as text."""
+
+from __future__ import annotations
+
+import base64
+import html
+import html.parser
+import re
+import xml.etree.ElementTree
+
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.report import curves
+from rlhf_jax.report.page import headline, render, write_report
+from tests.report import fabricated
+
+HOSTILE = """<script>alert("1")</script><img src=x onerror='a()'>&amp;"""
+
+
+class Elements(html.parser.HTMLParser):
+    """Collects tags with their attributes, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {f"{task}/{stage}": fabricated.write_metrics(folder / task / stage, stage, 60) for task in ("sort",) for stage in ("sft", "ppo")}
+    path = folder / "out" / "report.html"
+    write_report(fabricated.results(HOSTILE), runs, path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_model_output_is_text(page):
+    elements = Elements(page)
+    assert not any(tag == "script" or "onerror" in attrs for tag, attrs in elements.tags)
+    assert HOSTILE in elements.text  # parsed back, it is exactly what the model said
+    assert "<script" not in page and html.escape("<script>") in page
+
+
+@pytest.mark.parametrize("place", ["prompt", "config", "version", "task"])
+def test_every_other_text_is_escaped_too(place):
+    results = fabricated.results()
+    if place == "prompt":
+        results["tasks"]["sort"]["samples"][0]["prompt"] = HOSTILE
+    elif place == "task":
+        results["tasks"][HOSTILE] = results["tasks"].pop("sort")
+    else:
+        results[f"{place}s"][HOSTILE] = HOSTILE
+    elements = Elements(render(results, {}))
+    assert not any(tag == "script" or "onerror" in attrs for tag, attrs in elements.tags)
+    assert any(HOSTILE in text for text in elements.text)
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
+    for tag, attrs in Elements(page).tags:
+        assert tag not in ("link", "iframe", "object", "script")
+        for name in ("src", "href", "data", "poster", "srcset"):
+            assert attrs.get(name) is None or attrs[name].startswith("data:image/svg+xml;base64,")
+    assert "http" not in page and "@import" not in page and "url(" not in page
+
+
+def test_pictures_are_whole_and_described(page):
+    images = [attrs for tag, attrs in Elements(page).tags if tag == "img"]
+    assert len(images) == 4  # gold, wins, frontier and the one task with runs
+    for image in images:
+        assert len(image["alt"]) > 10
+        svg = base64.b64decode(image["src"].split(",", 1)[1])
+        assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_table_samples_configs_and_versions_are_there(page):
+    text = " ".join(" ".join(Elements(page).text).split())
+    parts = ("0.810", "0.690 – 0.770", "0.913", "length alone on 0.562", "GRPO on gold", "optax", "0.2.8", '"lr": 0.001', "beta: 0.1")
+    for part in parts:
+        assert part in text, part
+    assert page.count('<tr class="final">') == 8 and page.count("<details>") == 2
+
+
+def test_headline_says_no_more_than_the_intervals():
+    stages = {
+        "sft": fabricated.policy(0.5, None, 0.0, 1.0),
+        "dpo": {**fabricated.policy(0.8, 0.7, 2.0, 1.0)},
+        "ppo": {**fabricated.policy(0.55, 0.52, 2.0, 1.0), "win_ci95": [0.48, 0.56]},
+        "grpo": {**fabricated.policy(0.3, 0.4, 2.0, 1.0), "win_ci95": [0.36, 0.44]},
+    }
+    assert headline("sort", stages) == (
+        "DPO beats SFT on held-out prompts (win rate 70 %); PPO is not told apart from SFT (48–56 % wins); "
+        "GRPO loses to SFT (36–44 % wins); sampled gold rises from 0.45 to 0.75 with DPO."
+    )
+    full = headline("sort", fabricated.results()["tasks"]["sort"])
+    assert full.startswith("DPO, PPO and GRPO each beat SFT on held-out prompts (win rates 73 %, 78 % and 82 %); ")
+    assert full.endswith("with GRPO; trained on the verifiable gold itself, GRPO reaches 0.92.")
+    assert headline("t", {"rm": {"accuracy": 0.9}}) == "The reward model agrees with gold on 90 % of pairs."
+    assert headline("t", {"sft": stages["sft"]}) == "SFT reaches a gold of 0.45."
+
+
+@pytest.mark.parametrize("stage", ["rm", "sft", "dpo"])
+def test_one_stage_alone_has_a_page(stage):
+    results = fabricated.results()
+    results["tasks"] = {"sort": {stage: results["tasks"]["sort"][stage]}}
+    text = " ".join(Elements(render(results, {})).text)
+    assert "Results" in text and ("Win rate against" in text) == (stage == "dpo") and ("Gold per stage" in text) == (stage != "rm")
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    results = fabricated.results()
+    results["tasks"]["sort"]["dpo"].pop("seq_kl")
+    with pytest.raises(UserError):
+        write_report(results, {}, tmp_path / "report.html")
+    for name in ("sft", "other/sft", "sort/nothing"):
+        with pytest.raises(ValueError, match="report: run"):
+            write_report(fabricated.results(), {name: tmp_path}, tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_is_deterministic(tmp_path):
+    pages = [render(fabricated.results(), {}) for _ in range(2)]
+    assert pages[0] == pages[1] and not re.search(r"20\d\d-\d\d-\d\d", pages[0])
+
+
+def test_metrics_are_read_as_logged(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert curves.read_metrics(path) == {}
+    path.write_text('{"step": 1, "loss/sft": 2.5, "note": "x"}\n{"step": 2, "loss/sft": NaN, "valid/loss": 1}\n{"step": 3, "loss')
+    series = curves.read_metrics(path)
+    assert series["loss/sft"][0].tolist() == [1, 2] and series["loss/sft"][1][0] == 2.5
+    assert [part.tolist() for part in series["valid/loss"]] == [[2], [1]] and set(series) == {"loss/sft", "valid/loss"}
+    path.write_text('{"step": 1}\nbroken\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2"):
+        curves.read_metrics(path)
+
+
+def test_a_story_prefers_what_matters_and_repeats_nothing():
+    names = ["loss/ppo", "loss/value", "objective/kl", "objective/scores", "policy/entropy", "valid/gold", "lr", "grad_norm"]
+    assert curves.story("ppo", dict.fromkeys(names)) == ["valid/gold", "objective/scores", "objective/kl", "policy/entropy"]
+    assert curves.story("sft", dict.fromkeys(["lr", "loss/sft", "valid/loss"])) == ["loss/sft", "valid/loss", "lr"]
+    assert curves.story("dpo", {}) == []
+
+
+def test_running_mean_by_hand_and_over_gaps():
+    assert curves._running_mean([1.0, 2.0, 3.0], 3) == pytest.approx([1.5, 2.0, 2.5])
+    assert curves._running_mean([1.0, float("nan"), 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
