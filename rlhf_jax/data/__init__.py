@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rlhf_jax.data import prepare as preparation  # the name `prepare` stays the module's
 from rlhf_jax.data.batches import ComparisonData, Dataset, PromptData, SequenceData, check_batching
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.prefetch import Prefetcher
-from rlhf_jax.data.prepare import prepare
 from rlhf_jax.data.readers import Paths, read_records
 from rlhf_jax.data.records import KINDS, Preference, Record, Text
 from rlhf_jax.data.shipped import default_cache, sample_file
@@ -72,7 +72,7 @@ def open_dataset(
         )
     shared: dict[str, Any] = {"batch_size": batch_size, "host": host, "pad_id": tokenizer.pad_id}
     options: dict[str, Any] = {"max_length": max_length, "prompt_length": prompt_length, "overlong": overlong}
-    prepared = prepare(kind, path, tokenizer, layout, **options, cache=cache)
+    prepared = preparation.prepare(kind, path, tokenizer, layout, **options, cache=cache)
     if kind == "prompt":
         assert prompt_length is not None
         return PromptData(prepared, prompt_length=prompt_length, group_size=group_size, **shared)

@@ -1,6 +1,7 @@
 """The embedded tasks, written as JSONL from a seed: two small ones with checkable answers, and a plain corpus.
 
-sort: "Sort these digits: 5 3 9 1" → "1 3 5 9". arithmetic: "What is 7 + 5?" → "<answer>12</answer>". Demonstrations are flawed
+sort: "Sort these digits: 5 3 9 1" → "1 3 5 9". arithmetic: "What is 34 + 25?" → "<answer>59</answer>"; numbers of two digits, no
+column carries or borrows, so that a model of 0.1 M parameters learns the rule instead of the rows. Demonstrations are flawed
 *systematically*: a stated share is written the wrong way in the same manner (descending order; the tag <result>), because noise that
 is independent from row to row averages out, and SFT alone would then reach the ceiling. The splits are disjoint by content, not by
 wording: by the multiset of digits, and by the unordered operands with the operator.
@@ -21,11 +22,10 @@ FLAWED = 0.6  # share of demonstrations with the flaw: most, so that imitation p
 SPLITS = {"sft": "sft.jsonl"} | {split: f"{split}_prompts.jsonl" for split in ("rm", "rl", "valid", "test")}
 SIZES: dict[str, dict[str, int]] = {  # rows, each of a content of its own
     "sort": {"sft": 3000, "rm": 1500, "rl": 2000, "valid": 256, "test": 512},
-    "arithmetic": {"sft": 900, "rm": 300, "rl": 400, "valid": 100, "test": 200},
+    "arithmetic": {"sft": 1500, "rm": 450, "rl": 600, "valid": 128, "test": 256},
     "lm": {"text": 120, "valid": 12},
 }
 Content = tuple[Any, ...]
-_SMALL, _LARGE = 10, 100  # operands: one below 10, one below 100, so that a model of 0.1 M parameters learns the sums in a minute
 
 
 def write_task(
@@ -107,8 +107,10 @@ def _sort_ask(content: Content, rng: random.Random) -> tuple[str, str, str]:
 
 
 def _arithmetic_contents() -> list[Content]:
-    """(operator, smaller, larger) with smaller < 10, larger < 100."""
-    return [(operator, a, b) for operator in "+-" for a in range(_SMALL) for b in range(a, _LARGE)]
+    """(operator, smaller, larger): operands and result have two digits, and each column is a sum or difference of its own."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    sums = [("+", a, b) for a, b in pairs if a % 10 + b % 10 <= 9 and a // 10 + b // 10 <= 9]
+    return sums + [("-", a, b) for a, b in pairs if a % 10 <= b % 10 and a // 10 < b // 10]
 
 
 def _arithmetic_ask(content: Content, rng: random.Random) -> tuple[str, str, str]:

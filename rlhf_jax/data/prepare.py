@@ -219,7 +219,7 @@ def _builder_class():
             fields |= {"tokens": tokens(), "loss_mask": mask()}
         return features.FeaturesDict(fields)
 
-    class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[name-defined]
+    class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[name-defined,call-arg]
         """Rows of one kind in the order of their files."""
 
         VERSION = tfds.core.Version("1.0.0")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.types import PyTree
 
@@ -57,12 +58,23 @@ def to_canonical(tree: PyTree) -> PyTree:
     """
 
     def unstack(layers: dict[str, PyTree]) -> dict[str, PyTree]:
-        if SCAN not in layers:
+        leaves = jax.tree.leaves(layers.get(SCAN))
+        if not leaves:  # unrolled, or an optimizer's state that masks every leaf of the layers
             return layers
-        count = jax.tree.leaves(layers[SCAN])[0].shape[0]
-        return {str(i): jax.tree.map(lambda leaf: leaf[i], layers[SCAN]) for i in range(count)}  # noqa: B023
+        count = leaves[0].shape[0]
+        return {str(i): jax.tree.map(lambda leaf: _layer(leaf, i), layers[SCAN]) for i in range(count)}  # noqa: B023
 
     return _convert(tree, unstack)
+
+
+def _layer(leaf: Any, index: int) -> Any:
+    """One layer of a stacked array; of an abstract one, its shape on its sharding without the stacked axis."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf[index]
+    where = leaf.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
 
 
 def axes_to_runtime(axes: PyTree, scan: bool) -> PyTree:

@@ -30,7 +30,8 @@ def _logical(init: Any, *names: str | None) -> Any:
 
 
 def pin(x: Array) -> Array:
-    """Keeps the residual stream sharded over rows only; a no-op without axis rules."""
+    """Keeps the residual stream [B, T, D] sharded over rows only; a no-op without axis rules."""
+    chex.assert_rank(x, 3)
     return constrain(x, ("batch",) + (None,) * (x.ndim - 1))
 
 

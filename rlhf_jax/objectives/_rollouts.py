@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.ops.kl import exp_ratio, k1, k3
-from rlhf_jax.ops.masking import loss_tokens, masked_sum
+from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum
 from rlhf_jax.ops.policy_gradient import surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
 
@@ -55,6 +55,7 @@ def filled(batch: Rollout, *fields: str) -> tuple[Array, ...]:
     """
     if missing := [name for name in fields if getattr(batch, name) is None]:
         raise AssertionError(f"this rollout lacks {', '.join(missing)}: call the objective's prepare before its loss")
+    chex.assert_equal_shape([batch.seqs.tokens, *(getattr(batch, name) for name in fields)])
     return tuple(getattr(batch, name) for name in fields)
 
 
@@ -72,15 +73,17 @@ def log_ratio(logps: Array, fixed: Array, mask: Array) -> Array:
 
 
 def rollout_metrics(batch: Rollout, scores: Array) -> dict[str, Mean]:
-    """The mean score, the policy's own tokens per row, and the fraction of truncated rows.
+    """Mean and standard deviation of the scores, the policy's own tokens per row, and the fraction of truncated rows.
 
     Args:
       batch: the rollout.
       scores: [B], as the reward gave them.
     """
     chex.assert_equal_shape([scores, batch.truncated])
+    _, variance = masked_moments(scores, batch.real)
     return {
         "objective/score": Mean.of(scores, batch.real),
+        "objective/score_std": Mean.of(jnp.sqrt(variance)),
         "rollout/length": Mean.of(loss_tokens(batch.seqs).sum(-1), batch.real),
         "rollout/truncated": Mean.of(batch.truncated, batch.real),
     }
@@ -99,7 +102,7 @@ def sequence_kl(log_ratios: Array, mask: Array, real: Array) -> Mean:
 
 
 def ratio_metrics(log_ratios: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float) -> dict[str, Mean]:
-    """How far the policy has moved from the one that sampled: clipped tokens, KL(old ‖ new), each row's largest ratio.
+    """How far the policy has moved from the one that sampled: clipped tokens, KL(old ‖ new), each row's largest ratio (its mean over rows).
 
     Args:
       log_ratios: [B, T] log π − log π_old, nats.

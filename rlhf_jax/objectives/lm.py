@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import sft
@@ -17,5 +18,6 @@ from rlhf_jax.types import Array, Mean, Sequences
 
 
 def loss(nets: Any, batch: Sequences, keys: Array | None, *, z_loss: float) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    chex.assert_rank(batch.tokens, 2)
     everywhere = batch.replace(loss_mask=jnp.ones_like(batch.loss_mask), loss_positions=None)
     return sft.loss(nets, everywhere, keys, z_loss=z_loss)

@@ -111,6 +111,7 @@ def prepare(
     metrics = rollout_metrics(batch, raw) | {
         "objective/kl": kl,
         "objective/kl_coef": Mean.of(carry["kl_coef"]),
+        "objective/non_score_reward": Mean(-carry["kl_coef"] * kl.total, kl.count),
         "objective/rlhf_reward": Mean.of(masked_sum(rewards, mask), batch.real),
     }
     if whiten_rewards:

@@ -3,7 +3,7 @@
     L = −log σ( r(x, y_w) − r(x, y_l) − m )  +  center_coef · ( r(x, y_w) + r(x, y_l) )²
 
 See: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, with K = 2; margin m: Touvron et al. 2023, Llama 2 (arXiv:2307.09288), eq. 2;
-centring: Eisenstein et al. 2023 (arXiv:2312.09244), section 3. Deviation: none; a batch without margins has m = 0.
+centring: Eisenstein et al. 2023, "Helping or Herding?" (arXiv:2312.09244). Deviation: none; a batch without margins has m = 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def centring_loss(chosen: Array, rejected: Array, *, center_coef: float) -> Arra
       rejected: r(x, y_l), [B].
       center_coef: ≥ 0; 0.01 is usual.
 
-    See: Eisenstein et al. 2023, section 3.
+    See: Eisenstein et al. 2023 (arXiv:2312.09244).
     """
     chex.assert_rank([chosen, rejected], 1)
     chex.assert_equal_shape([chosen, rejected])

@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 _SORT_PROMPT = re.compile(r"\s*Sort these digits:\s*([0-9](?:\s+[0-9])*)\s*\.?\s*")
-_SUM_PROMPT = re.compile(r"\s*What is\s+(-?[0-9]{1,9})\s*([-+*×−])\s*(-?[0-9]{1,9})\s*\?\s*")
+_SUM_PROMPT = re.compile(r"\s*(?:What is|Compute|Calculate)\s+(-?[0-9]{1,9})\s*([-+*×−])\s*(-?[0-9]{1,9})\s*[?.]?\s*")
 _ANSWER = re.compile(r"<answer>\s*(-?[0-9]{1,18})\s*</answer>")
 _ANSWER_TAG = re.compile(r"</?answer>")
 _INTEGER = re.compile(r"-?[0-9]+")
@@ -94,6 +94,16 @@ def arithmetic(prompt: str, response: str) -> float:
 
 
 GOLD: dict[str, Callable[[str, str], float]] = {"sort": sort, "arithmetic": arithmetic}
+
+
+def sort_reward(prompts: Sequence[Sequence[Mapping[str, str]]], responses: Sequence[str], references: Sequence[object]) -> list[float]:
+    """`sort` as a reward function, for verifiable-reward training (`grpo_gold`): one value per response to the last message."""
+    return [sort(prompt[-1]["content"], response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def arithmetic_reward(prompts: Sequence[Sequence[Mapping[str, str]]], responses: Sequence[str], references: Sequence[object]) -> list[float]:
+    """`arithmetic` as a reward function; as `sort_reward`."""
+    return [arithmetic(prompt[-1]["content"], response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def _kept_words(words: list[str], budget: Counter[str]) -> list[str]:

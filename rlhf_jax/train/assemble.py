@@ -88,6 +88,13 @@ def _architecture(config: Mapping[str, Any], tokenizer: Tokenizer, init: Source 
     return model
 
 
+def _policy(source: Source, key: str) -> Source:
+    """The source if it can write text; a reward model has no vocabulary head, and one drawn at random would say nothing."""
+    if source.network == "reward":
+        raise UserError(f"{key} = {source.path!r} is a reward model's checkpoint, which cannot generate: name a policy's run")
+    return source
+
+
 def _same_model(model: ModelConfig, source: Source, key: str) -> None:
     if different := model.difference(source.config):
         said = ", ".join(f"{name} {getattr(source.config, name)} (config.model has {getattr(model, name)})" for name in different)
@@ -161,8 +168,9 @@ def _draw(configs: Mapping[str, ModelConfig], key: jax.Array, loaded: Mapping[st
 def _state_shardings(mesh: Mesh, abstract: TrainState, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """Optimizer state follows its parameter; everything else is whole on every device."""
     whole = sharding.replicated(mesh)
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  Muon keeps no second moment of a matrix, Adam none of Muon's
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: whole, is_leaf=None
+        optimizer, lambda x, s: x if masked(x) else s, abstract.opt_state, params, transform_non_params=lambda _: whole, is_leaf=masked
     )  # fmt: skip
     rest = jax.tree.map(lambda _: whole, abstract.replace(params=None, opt_state=None))
     return rest.replace(params=params, opt_state=opt_state)
@@ -197,12 +205,14 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     """
     online = config["data"]["kind"] == "prompt"
     init = load_source(config["init_from"], "config.init_from") if config["init_from"] else None
+    if init is not None and config["network"] == "policy":
+        _policy(init, "config.init_from")
     tokenizer = _tokenizer(config, init)
     template = chat_template(config["data"]["template"], tokenizer)
     model = _architecture(config, tokenizer, init)
     reference = None
     if config["reference_from"] not in ("", "init"):
-        reference = load_source(config["reference_from"], "config.reference_from")
+        reference = _policy(load_source(config["reference_from"], "config.reference_from"), "config.reference_from")
         if reference.tokenizer.digest != tokenizer.digest:
             raise UserError(f"config.reference_from = {reference.path!r} reads another tokenizer than this run's")
     reward = load_source(config["reward_from"], "config.reward_from") if online and config["reward_from"] else None

@@ -132,16 +132,19 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
       UserError: the first mistake found, with its key, value and remedy.
     """
     values = plain(config)
-    online = isinstance(values.get("data"), dict) and values["data"].get("kind") == "prompt"
-    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE)}, "config")
-    objective = objectives.bind(c["objective"])
+    for name in ("objective", "data"):
+        if not isinstance(values.get(name), dict):
+            raise UserError(f"config.{name} = {values.get(name)!r}: must be a section")
+    objective = objectives.bind(values["objective"])
     kinds = KINDS.get(objective.batch_type)
     if kinds is None:
         names = ", ".join(t.__name__ for t in KINDS)
         raise UserError(f"config.objective.name = {objective.name!r} trains on {objective.batch_type.__name__}, which no data kind fills: "
                         f"annotate its batch with one of {names}")  # fmt: skip
-    if c["data"]["kind"] not in kinds:
-        raise UserError(f"config.data.kind = {c['data']['kind']!r}: {objective.name} trains on {' or '.join(kinds)} data")
+    if values["data"].get("kind") not in kinds:
+        raise UserError(f"config.data.kind = {values['data'].get('kind')!r}: {objective.name} trains on {' or '.join(kinds)} data")
+    online = objective.batch_type is Rollout
+    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE)}, "config")
     model = ModelConfig.create(c["model"], ())
     try:
         re.compile(c["trainable"])

@@ -20,7 +20,7 @@ from etils import epath
 
 from rlhf_jax import checkpoint, distributed, sharding
 from rlhf_jax.data.prefetch import Prefetcher
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import layout
 from rlhf_jax.train import metrics as run_log
 from rlhf_jax.train.assemble import Experiment, assemble, full_params
@@ -58,13 +58,15 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
     folder = epath.Path(workdir)
     _same_config(folder, checked)
     exp = assemble(checked, objective)
+    programs = Programs(exp)
+    _refuse(exp, programs)
     _write_start(folder, exp)
     with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
                                  keep=checked["checkpoint"]["keep"]) as saver:  # fmt: skip
         state, start = restore(exp, saver)
         run_log.cut_back(folder, start)
         _cut_samples(folder, start)
-        return _Run(exp, folder, saver, profile).go(state, start)
+        return _Run(exp, programs, folder, saver, profile).go(state, start)
 
 
 def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState, int]:
@@ -96,9 +98,8 @@ def _trained_part(full: PyTree, like: PyTree) -> PyTree:
 class _Run:
     """The loop and what it carries from batch to batch besides the state."""
 
-    def __init__(self, exp: Experiment, folder: epath.Path, saver: checkpoint.Checkpointer, profile: bool) -> None:
-        self.exp, self.folder, self.saver = exp, folder, saver
-        self.programs = Programs(exp)
+    def __init__(self, exp: Experiment, programs: Programs, folder: epath.Path, saver: checkpoint.Checkpointer, profile: bool) -> None:
+        self.exp, self.programs, self.folder, self.saver = exp, programs, folder, saver
         self.validation = exp.config["validation"]
         self.every = exp.config["checkpoint"]["every"]
         self.history = [(line["step"], line[self.validation["metric"]]) for line in run_log.read_metrics(folder)
@@ -173,9 +174,10 @@ class _Run:
             at, previous = self.samples
             rows = completions(self.exp, previous, log["samples"])
             scores = jax.device_get(previous.scores)[: log["samples"]]
-            with (self.folder / "samples.jsonl").open("a") as file:
+            with (self.folder / "samples.jsonl").open("ab") as file:
                 for row, score in zip(rows, scores, strict=True):
-                    file.write(json.dumps({"step": at, **row, "score": round(float(score), 6)}, ensure_ascii=False) + "\n")
+                    line = json.dumps({"step": at, **row, "score": round(float(score), 6)}, ensure_ascii=False) + "\n"
+                    file.write(line.encode())
         due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
         self.samples = (step, rolled) if due and rolled is not None else None
 
@@ -188,11 +190,8 @@ class _Run:
         if not every or (step % every and step != self.exp.steps):
             return False
         found = self.programs.validate(state)
-        metric = self.validation["metric"]
-        if metric not in found:
-            raise UserError(f"config.validation.metric = {metric!r} is not measured; there are {', '.join(sorted(found))}")
         values = self.log.write_now(step, found)
-        self.history.append((step, values[metric]))
+        self.history.append((step, values[self.validation["metric"]]))
         best = self._best()
         return best is not None and best[0] == step
 
@@ -215,11 +214,12 @@ class _Run:
         self._watch(self.log.flush())
         self._sample(step, None)
         items, meta = saved_items(state, exp.frozen), self._meta(state, step)
-        if force or self._due(step):
-            self.saver.save(step, items, meta, force=force)
+        # The best one first, and wholly: a run that goes on from `step` will not come by here again.
         if improved:
             with checkpoint.Checkpointer(self.folder / checkpoint.BEST, every=0, keep=1) as best:
                 best.save(step, {"params": items["params"]}, meta, force=True)
+        if force or self._due(step):
+            self.saver.save(step, items, meta, force=force)
 
     def _meta(self, state: TrainState, step: int) -> dict[str, Any]:
         exp = self.exp
@@ -238,6 +238,19 @@ class _Run:
         return meta
 
 
+def _refuse(exp: Experiment, programs: Programs) -> None:
+    """What only tracing can tell, found before anything is written or compiled.
+
+    Raises:
+      UserError: an objective without the network or data that it needs, a validation metric that is not measured, a missing W&B.
+    """
+    measured, section = programs.trace(), exp.config["validation"]
+    if section["every"] and section["metric"] not in measured:
+        raise UserError(f"config.validation.metric = {section['metric']!r} is not measured{nearest(section['metric'], measured)}")
+    if exp.config["log"]["wandb"]:
+        run_log.import_wandb()
+
+
 def _write_json(path: epath.Path, value: Any) -> None:
     """Whole or not at all."""
     part = path.with_suffix(".part")
@@ -247,6 +260,8 @@ def _write_json(path: epath.Path, value: Any) -> None:
 
 def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
     """A workdir holds one run: going on with another config is refused."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir = {str(folder)!r} is a file: name a folder for this run")
     path = folder / "config.json"
     if not path.exists():
         return
@@ -281,12 +296,13 @@ def _cut_samples(folder: epath.Path, step: int) -> None:
     if not path.exists() or not distributed.is_lead():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    # Bytes split at \n only: a response may hold U+2028, which splitlines() takes for an end of line, and a torn line half a character.
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_bytes(b"".join(kept))
     part.replace(path)
 
 

@@ -150,7 +150,7 @@ class MetricsLog:
         self._sinks: list[_Sink] = []
         if is_lead():
             root = epath.Path(workdir)
-            service = None if wandb is None else _import_wandb()  # what can be refused is, before a file is made
+            service = None if wandb is None else import_wandb()  # what can be refused is, before a file is made
             root.mkdir(parents=True, exist_ok=True)
             self._sinks = [_JsonLines(root, start_step)]
             if tensorboard:
@@ -363,7 +363,12 @@ class _TensorBoard(_Sink):
         self._writer.close()
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
+    """The wandb module.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         import wandb
     except ImportError as error:

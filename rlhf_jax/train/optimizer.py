@@ -100,10 +100,14 @@ def build(config: Mapping[str, Any], total: int) -> tuple[optax.GradientTransfor
             rate, b1=config["b1"], b2=config["b2"], eps=config["eps"], mu_dtype=moments, weight_decay=config["weight_decay"], mask=decays
         )
     elif config["name"] == "muon":
-        core = optax.contrib.muon(
-            rate, beta=config["muon_beta"], weight_decay=config["weight_decay"], weight_decay_mask=decays, mu_dtype=moments,
-            adam_b1=config["b1"], adam_b2=config["b2"], adam_weight_decay=config["weight_decay"], consistent_rms=0.2,
-            muon_weight_dimension_numbers=_muon_dimensions,
+        # Its own decay would reach the norms and biases of its Adam part, so decay and rate stand behind a rate of 1.
+        core = optax.chain(
+            optax.contrib.muon(
+                1.0, beta=config["muon_beta"], eps=config["eps"], mu_dtype=moments, adam_b1=config["b1"], adam_b2=config["b2"],
+                consistent_rms=0.2, muon_weight_dimension_numbers=_muon_dimensions,
+            ),
+            optax.add_decayed_weights(-config["weight_decay"], mask=decays),
+            optax.scale_by_schedule(rate),
         )  # fmt: skip
     else:
         raise UserError(f"config.optimizer.name = {config['name']!r}: must be one of {', '.join(OPTIMIZERS)}")

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,7 @@ from rlhf_jax.train.step import fill_reference, make_step
 from rlhf_jax.types import Array, Comparisons, Mean, Prompts, PyTree, Rollout, TrainState
 
 RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
+ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
 VALIDATION_KEY = 2**30  # folded into the run's key: validation draws the same numbers each time
 
 
@@ -51,7 +53,7 @@ class Programs:
             )  # fmt: skip
             self._rollout = sharding.jit(self.rollout, exp.mesh)
             self.score = self._reward()
-            if self._host_reward is None and exp.config["fused"]:
+            if self._fused:
                 fused = online.fuse(self.rollout, self.score, step)
                 self._step = jit_state(fused, out_shardings=(exp.start.shardings, None, None))
             else:
@@ -64,12 +66,39 @@ class Programs:
         if not self.exp.online:
             state, metrics = self._step(state, frozen, batch)
             return state, metrics, None
-        if self._host_reward is None and self.exp.config["fused"]:
+        if self._fused:
             return self._step(state, frozen, batch)
         rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
         rolled = rolled.replace(scores=self._scores(state.params, rolled))
         state, metrics = self._step(state, frozen, rolled)
         return state, metrics, rolled
+
+    def trace(self) -> set[str]:
+        """Traces the step and the validation on shapes alone, compiling nothing; the later calls reuse the traces.
+
+        Returns:
+          Names of the metrics that a validation measures.
+
+        Raises:
+          UserError: whatever the objective or the networks refuse while they are traced.
+        """
+        exp, state = self.exp, self.exp.start.abstract
+        batch = _shapes(exp.train_data.batch(0, seed=exp.config["seed"]))
+        if exp.online and not self._fused:
+            rolled = self._rollout.eval_shape(state.params, exp.frozen, batch, state.key, state.batch_index)
+            batch = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
+        self._step.eval_shape(state, exp.frozen, batch)
+        if exp.valid_data is None:
+            return set()
+        if exp.online:
+            return {f"eval/{name}" for name in ONLINE_VALIDATION}
+        held_out = _shapes(next(iter(exp.valid_data.eval_batches())))
+        found = self._validate.eval_shape(state.params, state.opt_state, state.carry, exp.frozen, state.key, held_out)
+        return {f"eval/{name}" for name in found}
+
+    @property
+    def _fused(self) -> bool:
+        return self._host_reward is None and self.exp.config["fused"]
 
     def compilations(self) -> int:
         """How often the train step was compiled; more than once after warm-up is a bug."""
@@ -151,11 +180,7 @@ class Programs:
         else:
             scores = self._scores(params, rolled)
         length = rolled.seqs.loss_mask.sum(-1)
-        return {
-            "objective/score": Mean.of(scores, rolled.real),
-            "rollout/length": Mean.of(length, rolled.real),
-            "rollout/truncated": Mean.of(rolled.truncated, rolled.real),
-        }
+        return {name: Mean.of(values, rolled.real) for name, values in zip(ONLINE_VALIDATION, (scores, length, rolled.truncated))}
 
     @functools.cached_property
     def _validation_rollout(self) -> Any:
@@ -187,6 +212,12 @@ class Programs:
         return sharding.jit(read, self.exp.mesh)
 
 
+def _shapes(batch: PyTree) -> PyTree:
+    """This host's rows of a batch as the shapes of the global one."""
+    _, hosts = distributed.host()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype), batch)
+
+
 def completions(exp: Experiment, rolled: Rollout, limit: int | None = None) -> list[dict[str, Any]]:
     """The rollout's rows as text: prompt messages, response (special tokens dropped), whether it ended. Waits for the device.
 
@@ -195,6 +226,7 @@ def completions(exp: Experiment, rolled: Rollout, limit: int | None = None) -> l
       rolled: [B, T].
       limit: first rows only.
     """
+    chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
     tokens, mask, ids, truncated = (
         np.asarray(jax.device_get(x))[:limit] for x in (rolled.seqs.tokens, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
     )

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -76,6 +77,7 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     Returns:
       Gradients like `nets.params`, float32; metrics, each loss term among them as `loss/<name>`.
     """
+    chex.assert_tree_shape_prefix((batch, keys), (rows(batch),))
 
     def counts(part: PyTree) -> dict[str, Array]:
         terms, _ = objective.loss(nets, *part)
@@ -149,11 +151,13 @@ def make_step(
         batch = fill_reference(nets, batch)
         key = jax.random.fold_in(jax.random.fold_in(state.key, _PREPARE), state.batch_index)
         batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
-        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)] + [True]))
-        carry = jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, state.carry)
-        state = state.replace(carry=carry)
         run = update if epochs * minibatches == 1 else passes
+        skipped_before, old_carry = state.opt_state.total_notfinite, state.carry
         state, metrics = run(state, frozen, batch)
+        # A batch that gave no update leaves no other trace either.
+        counts = state.opt_state.total_notfinite - skipped_before < epochs * minibatches
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)] + [counts]))
+        state = state.replace(carry=jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, old_carry))
         # In a row, at the end of this batch: what stops a run (config.run.max_nonfinite).
         metrics["optimizer/nonfinite_run"] = Mean(state.opt_state.notfinite_count.astype(jnp.float32), jnp.float32(1.0))
         return state.replace(batch_index=state.batch_index + 1), {**prepared, **metrics}

@@ -31,7 +31,7 @@ def vectors(name):
 def check(f, x, stored, case, mask=None):
     """Value and gradient. With a mask, TRL's gradient is compared there: where it gets log-probs that were zeroed beforehand, it sums over
     all of them, so that a slope shows on entries which are constants."""
-    value, slope = jax.value_and_grad(f)(x)
+    value, slope = jax.jit(jax.value_and_grad(f))(x)
     expected = stored[f"grad/{case}"].reshape(slope.shape)
     np.testing.assert_allclose(value, stored[f"loss/{case}"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(slope, expected if mask is None else jnp.where(mask, expected, 0.0), rtol=1e-4, atol=1e-6)
@@ -56,7 +56,9 @@ def test_dpo(case, beta):
     check(f, v["policy_logps"], v, case, mask)
 
 
-@pytest.mark.parametrize("case, margin, center_coef", [("plain", 0, 0.0), ("margin", 1, 0.0), ("center0.01", 0, 0.01), ("margin_center0.5", 1, 0.5)])
+@pytest.mark.parametrize("case, margin, center_coef", [
+    ("plain", 0, 0.0), ("margin", 1, 0.0), ("center0.01", 0, 0.01), ("margin_center0.5", 1, 0.5),
+])  # fmt: skip
 def test_reward(case, margin, center_coef):
     v = vectors("reward")
 
@@ -108,7 +110,9 @@ def test_group_advantages():
     np.testing.assert_allclose(got, v["adv/group__sum_then_normalize"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case, clip, value_clip, value_coef", [("default", 0.2, 0.2, 0.1), ("wide", 10.0, 10.0, 0.5), ("tight", 0.05, 0.05, 1.0)])
+@pytest.mark.parametrize("case, clip, value_clip, value_coef", [
+    ("default", 0.2, 0.2, 0.1), ("wide", 10.0, 10.0, 0.5), ("tight", 0.05, 0.05, 1.0),
+])  # fmt: skip
 def test_ppo_loss(case, clip, value_clip, value_coef):
     v = vectors("old_ppo_loss")
     mask, value_mask = ~v["padding_mask"], ~v["padding_mask_p1"]
@@ -124,9 +128,9 @@ def test_ppo_loss(case, clip, value_clip, value_coef):
 
     # TRL zeroes predicted values behind the end before the loss; here the mask does that.
     at = v["new_logprobs"], v["vpred"]
-    for got, name in zip(parts(*at), ("pg_loss", "vf_loss")):
+    for got, name in zip(jax.jit(parts)(*at), ("pg_loss", "vf_loss")):
         np.testing.assert_allclose(got, v[f"{name}/{case}"], rtol=1e-5, atol=1e-7)
-    value, slopes = jax.value_and_grad(total, (0, 1))(*at)
+    value, slopes = jax.jit(jax.value_and_grad(total, (0, 1)))(*at)
     np.testing.assert_allclose(value, v[f"loss/{case}"], rtol=1e-5, atol=1e-7)
     for got, name in zip(slopes, ("grad_new", "grad_vpred")):
         np.testing.assert_allclose(got, v[f"{name}/{case}"], rtol=1e-4, atol=1e-6)
@@ -176,5 +180,5 @@ def test_vocabulary_readings(case, temperature, bias):
     z = logits(v["hidden"], v["weight"])
     np.testing.assert_allclose(vocab.logps(z, v["targets"]), v[f"{case}/log_probs"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(vocab.entropy(z, v["targets"]), v[f"{case}/entropy"], rtol=1e-4, atol=1e-5)
-    for got, name in zip(jax.grad(total, (0, 1))(v["hidden"], v["weight"]), ("grad_h", "grad_w")):
+    for got, name in zip(jax.jit(jax.grad(total, (0, 1)))(v["hidden"], v["weight"]), ("grad_h", "grad_w")):
         np.testing.assert_allclose(got, v[f"{case}/{name}"], rtol=1e-3, atol=1e-5)

@@ -27,9 +27,7 @@ def encoder(tok, *, template=PLAIN, max_length=64, prompt_length=64, overlong="e
 def test_mask_by_hand(tok):
     """bos user q end assistant r é(2 bytes) end: ids 1 3 · 5 4 · · · 5, trained from r to the last end."""
     (row,) = encoder(tok)(Demo(messages=(u("q"), a("ré")), **PLACE))
-    q, r, e1, e2 = (6 + [*tok.encode(c, control=False)[0]][0] - 6 for c in ("q", "r", "é", "é"))
-    e2 = tok.encode("é")[0][1]
-    assert row["tokens"].tolist() == [1, 3, q, 5, 4, r, e1, e2, 5]
+    assert row["tokens"].tolist() == [1, 3, 86, 5, 4, 87, 133, 108, 5]  # bytes behind 6 control ids, in the byte alphabet's order
     assert row["loss_mask"].tolist() == [False] * 5 + [True] * 4
     assert (row["source"], row["line"]) == ("f.jsonl", 7)
 
@@ -65,7 +63,8 @@ def test_a_token_over_the_border_counts_with_its_response():
     assert bpe.decode(row["tokens"][row["loss_mask"]], skip_special=False) == " yes<|end|>"
     odd = ChatTemplate(source.replace("'A:'", "'A: '").replace("' ' + ", "").replace("%}A:{%", "%}A: {%"))
     (row,) = encoder(bpe, template=odd)(Demo(messages=(u("q"), a("yes")), context=1, **PLACE))
-    assert "yes<|end|>" in bpe.decode(row["tokens"][row["loss_mask"]], skip_special=False)
+    first = row["tokens"][row["loss_mask"]][:1]
+    assert bpe.decode(first) == " yes"  # begins one character before the response
 
 
 def test_pairs_share_the_prompt_and_are_prompt_masked(tok):
@@ -114,7 +113,7 @@ DEMO = Demo(messages=(u("q"), a("0123456789")), **PLACE)  # 5 tokens of prompt, 
 
 
 def test_overlong_policies(tok):
-    with pytest.raises(UserError, match=r"^f.jsonl:7 conversation expected at most 10 tokens \(config\.data\.max_length\), got 16; .*overlong"):
+    with pytest.raises(UserError, match=r"^f.jsonl:7 conversation expected at most 10 tokens \(config\.data\.max_length\), got 16;"):
         list(encoder(tok, max_length=10)(DEMO))
     made = encoder(tok, max_length=10, overlong="truncate")
     (row,) = made(DEMO)
@@ -134,7 +133,7 @@ def test_rows_that_no_policy_saves(tok, overlong):
     with pytest.raises(UserError, match=r"^f.jsonl:7 prompt expected at most 4 tokens \(config\.data\.prompt_length\), got 5; "):
         list(made(Prompt(messages=(u("q"),), **PLACE)))
     with pytest.raises(UserError, match=r"^f.jsonl:7 response expected at least one token to train on, got none; "):
-        list(made(Demo(messages=(u("q"), a("r")), context=2, **PLACE)))
+        list(made(Demo(messages=(u("q"),), **PLACE)))
 
 
 def test_options_out_of_range(tok):
@@ -148,9 +147,9 @@ def test_options_out_of_range(tok):
 def test_templates_that_do_not_fit(tok):
     with pytest.raises(UserError, match="expected every answer to end with"):
         encoder(tok, template=ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"))
+    body = "{% for m in messages %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endfor %}"
     with pytest.raises(UserError, match="expected prompts to render as beginnings"):
-        encoder(tok, template=ChatTemplate("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}X{% endif %}"
-                                           "{% if false %}{% generation %}{% endgeneration %}{% endif %}"))  # fmt: skip
+        encoder(tok, template=ChatTemplate(body + "{% if add_generation_prompt %}X{% endif %}"))
 
 
 def test_a_template_that_refuses_a_row_names_it(tok):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,14 +27,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 V = 5
 
 
+@functools.cache
+def bound(name: str) -> objectives.Objective:
+    """One object per objective, so that jitted functions are traced once."""
+    return objectives.bind(CONFIGS[name])
+
+
 def case(name: str, *, rows: int = 6, length: int = 8, seed: int = 0, filler: bool = True) -> tuple[Any, tabular.TabularNets, Any]:
     """(objective, nets, batch): the batch prepared, the policy then moved so that ratios differ from 1."""
     rng = np.random.default_rng(seed)
-    bound, fake = objectives.bind(CONFIGS[name]), tabular.nets(rng, V)
+    chosen, fake = bound(name), tabular.nets(rng, V)
     make = {Sequences: lambda: tabular.sequences(rng, (rows, length), V, filler=filler, packed=True),
             Comparisons: lambda: tabular.comparisons(rng, rows, length, V, filler=filler, margin=True),
             Rollout: lambda: tabular.rollout(rng, rows, length, V, filler=filler)}  # fmt: skip
-    batch = tabular.with_reference(fake, make[bound.batch_type]())
-    batch, _, _ = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
+    batch = tabular.with_reference(fake, make[chosen.batch_type]())
+    batch, _, _ = tabular.prepare(chosen, fake, batch)
     moved = {k: v + 0.2 * jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in fake.params.items()}
-    return bound, fake.replace(params=moved), batch
+    return chosen, fake.replace(params=moved), batch

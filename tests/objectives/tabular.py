@@ -7,6 +7,7 @@ It keeps law 1's alignment and honours `loss_positions`, `want`, `along`-free vo
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -61,7 +62,9 @@ def nets(rng: np.random.Generator, vocabulary: int, *, moved: float = 0.5) -> Ta
     return TabularNets({k: jnp.asarray(v, jnp.float32) for k, v in tables.items()}, {"ref": jnp.asarray(policy + moved * noise)})
 
 
-def sequences(rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int, *, filler: bool = False, packed: bool = False) -> Sequences:
+def sequences(
+    rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int, *, filler: bool = False, packed: bool = False
+) -> Sequences:
     """Rows with padding on both sides, a prompt and a response with a gap in it; the last row is filler if asked.
 
     Row 0 keeps a single loss token. Tokens on padding are random: nothing may read them. `loss_mask` is true on filler, on purpose.
@@ -83,19 +86,22 @@ def sequences(rng: np.random.Generator, shape: tuple[int, ...], vocabulary: int,
     if filler:
         segments[-1], wanted[-1] = 0, True
     positions = np.maximum(np.cumsum(segments != 0, -1) - 1, 0)
-    to = lambda x, kind: jnp.asarray(x, kind)  # noqa: E731
-    return Sequences(tokens=to(tokens, jnp.int32), positions=to(positions, jnp.int32), segment_ids=to(segments, jnp.int32),
-                     loss_mask=to(wanted, bool))  # fmt: skip
+    tokens, positions, segments = (jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments))
+    return Sequences(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=jnp.asarray(wanted))
 
 
+@jax.jit
 def with_reference(fake: TabularNets, batch: Any) -> Any:
     """What the step does before `prepare`."""
-    if isinstance(batch, Sequences):
-        return batch.replace(ref_logps=fake.ref(batch).logps)
-    return batch.replace(seqs=with_reference(fake, batch.seqs))
+    seqs = batch if isinstance(batch, Sequences) else batch.seqs
+    seqs = seqs.replace(ref_logps=fake.ref(seqs).logps)
+    return seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
 
 
-def comparisons(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, filler: bool = False, margin: bool = False) -> Comparisons:
+def comparisons(
+    rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, filler: bool = False, margin: bool = False
+) -> Comparisons:
+    """Random pairs, with random margins if asked; the last is filler if asked."""
     margins = jnp.asarray(rng.random(rows), jnp.float32) if margin else None
     return Comparisons(seqs=sequences(rng, (rows, 2, length), vocabulary, filler=filler), margin=margins)
 
@@ -109,8 +115,9 @@ def rollout(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *
 def scored(seqs: Sequences, scores: Array, *, group: int) -> Rollout:
     """A rollout of given sequences and scores, `group` neighbouring rows to a prompt."""
     index = jnp.arange(seqs.tokens.shape[0], dtype=jnp.int32)
-    return Rollout(seqs=seqs, sampler_logps=jnp.zeros(seqs.tokens.shape), prompt_ids=index // group, sample_ids=index % group,
-                   group_ids=index // group, truncated=jnp.zeros(index.shape, bool), version=jnp.zeros_like(index), scores=scores)  # fmt: skip
+    prompt_ids, false = index // group, jnp.zeros(index.shape, bool)
+    return Rollout(seqs=seqs, sampler_logps=jnp.zeros(seqs.tokens.shape), prompt_ids=prompt_ids, sample_ids=index % group,
+                   group_ids=prompt_ids, truncated=false, version=jnp.zeros_like(index), scores=scores)  # fmt: skip
 
 
 def sample(fake: TabularNets, key: Array, rows: int, length: int) -> Sequences:
@@ -132,9 +139,22 @@ def value(terms: dict[str, Mean]) -> Array:
     return sum((term.compute() for term in terms.values()), jnp.float32(0.0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def objective(bound: Any, fake: TabularNets, batch: Any) -> tuple[Array, dict[str, Array]]:
     """The objective's value and its gradient for every table."""
-    return jax.jit(jax.value_and_grad(lambda p: value(bound.loss(fake.replace(params=p), batch, None)[0])))(fake.params)
+    return jax.value_and_grad(lambda p: value(bound.loss(fake.replace(params=p), batch, None)[0]))(fake.params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(bound: Any, fake: TabularNets, batch: Any) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """`bound.loss`, jitted."""
+    return bound.loss(fake, batch, None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prepare(bound: Any, fake: TabularNets, batch: Any) -> tuple[Any, Any, dict[str, Mean]]:
+    """`bound.prepare` with the carry that the objective starts from, jitted."""
+    return bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
 
 
 def as_numpy(batch: Any) -> Any:

@@ -31,7 +31,7 @@ def test_at_policy_equal_to_reference_the_loss_is_log_2_and_the_margin_0():
     rng = np.random.default_rng(1)
     fake = tabular.nets(rng, V, moved=0.0)
     batch = tabular.with_reference(fake, tabular.comparisons(rng, 5, 8, V))
-    terms, metrics = objectives.bind({"name": "dpo", "beta": 0.1}).loss(fake, batch, None)
+    terms, metrics = tabular.loss(objectives.bind({"name": "dpo", "beta": 0.1}), fake, batch)
     np.testing.assert_allclose(terms["dpo"].compute(), np.log(2), rtol=1e-6)
     for name in ("reward/margin", "reward/chosen", "reward/rejected"):
         np.testing.assert_allclose(metrics[name].compute(), 0.0, atol=1e-6)
@@ -45,7 +45,7 @@ def test_by_hand():
 def test_response_logps_are_sums_over_response_tokens():
     rng = np.random.default_rng(2)
     fake, batch = tabular.nets(rng, V), tabular.comparisons(rng, 3, 8, V)
-    metrics = objectives.bind({"name": "dpo", "beta": 0.1}).loss(fake, tabular.with_reference(fake, batch), None)[1]
+    metrics = tabular.loss(objectives.bind({"name": "dpo", "beta": 0.1}), fake, tabular.with_reference(fake, batch))[1]
     table, numpy = tabular.float64(fake)[0]["policy"], tabular.as_numpy(batch.seqs)
     for k, name in enumerate(("logps/chosen", "logps/rejected")):
         rows = [slow.logps(table, numpy.tokens[b, k], numpy.segment_ids[b, k])[slow.loss_tokens(numpy, (b, k))].sum() for b in range(3)]
@@ -67,7 +67,7 @@ def test_overfit_the_margin_grows():
     batch = tabular.with_reference(fake, batch.replace(seqs=batch.seqs.replace(tokens=branch)))
     bound = objectives.bind({"name": "dpo", "beta": 0.5})
     trained = tabular.descend(bound, fake, batch, steps=100, rate=1.0)
-    terms, metrics = bound.loss(trained, batch, None)
+    terms, metrics = tabular.loss(bound, trained, batch)
     assert float(metrics["reward/margin"].compute()) > 2.0 and float(metrics["reward/accuracy"].compute()) == 1.0
     assert float(terms["dpo"].compute()) < 0.2
     towards = jax.nn.softmax(trained.params["policy"]) - jax.nn.softmax(fake.params["policy"])

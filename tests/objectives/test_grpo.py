@@ -1,5 +1,7 @@
 """GRPO: values and gradients, groups, the first step, β = 0 without a reference, and a score that rises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,9 @@ from tests.reference.numeric import gradient
 V = 4
 
 
+@functools.cache
 def bind(**changes):
     return objectives.bind({**GRPO, **changes})
-
-
-def prepare(bound, fake, batch):
-    return bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -30,7 +29,7 @@ def test_value_and_gradient(beta, group):
     rng = np.random.default_rng(group)
     old, bound = tabular.nets(rng, V), bind(beta=beta)
     batch = tabular.with_reference(old, tabular.rollout(rng, 6, 7, V, group=group, filler=True))
-    prepared, _, _ = prepare(bound, old, batch)
+    prepared, _, _ = tabular.prepare(bound, old, batch)
     fake = old.replace(params={"policy": old.params["policy"] + jnp.asarray(0.3 * rng.normal(size=(V, V)), jnp.float32)})
     (before, ref), new = tabular.float64(old), tabular.float64(fake)[0]["policy"]
     f = lambda t: slow.grpo(t, before["policy"], ref, tabular.as_numpy(batch), {**GRPO, "beta": beta})  # noqa: E731
@@ -42,8 +41,8 @@ def test_value_and_gradient(beta, group):
 def test_at_the_first_step_the_ratio_is_one_and_nothing_is_clipped():
     rng = np.random.default_rng(0)
     fake, bound = tabular.nets(rng, V, moved=0.0), bind()
-    batch, _, prepared = prepare(bound, fake, tabular.with_reference(fake, tabular.rollout(rng, 6, 8, V)))
-    terms, metrics = bound.loss(fake, batch, None)
+    batch, _, prepared = tabular.prepare(bound, fake, tabular.with_reference(fake, tabular.rollout(rng, 6, 8, V)))
+    terms, metrics = tabular.loss(bound, fake, batch)
     assert float(metrics["policy/clip_frac"].compute()) == 0.0 and float(metrics["policy/approx_kl"].compute()) == 0.0
     assert float(metrics["policy/ratio_max"].compute()) == 1.0
     assert float(terms["kl"].compute()) == 0.0 and float(prepared["objective/kl"].compute()) == 0.0
@@ -54,7 +53,7 @@ def test_a_group_without_variance_gives_no_gradient_and_is_counted():
     rng = np.random.default_rng(1)
     fake, bound = tabular.nets(rng, V), bind(beta=0.0, missing_eos_penalty=0.0)
     batch = tabular.rollout(rng, 6, 8, V).replace(scores=jnp.array([0.1, 0.1, 1.0, 1.0, -3.0, -3.0]))
-    batch, _, metrics = prepare(bound, fake, batch)
+    batch, _, metrics = tabular.prepare(bound, fake, batch)
     value, slopes = tabular.objective(bound, fake, batch)
     assert float(value) == 0.0 and not np.asarray(slopes["policy"]).any()
     assert (float(metrics["rollout/zero_variance_groups"].total), float(metrics["rollout/zero_variance_groups"].count)) == (3.0, 3.0)
@@ -65,16 +64,17 @@ def test_the_counts_of_groups_leave_filler_out():
     batch = tabular.rollout(rng, 6, 8, V, group=3).replace(scores=jnp.array([1.0, 2.0, 3.0, 1.0, 1.0, 9.0]),
                                                           truncated=jnp.zeros(6, bool))  # fmt: skip
     filler = batch.seqs.replace(segment_ids=batch.seqs.segment_ids.at[5].set(0))
-    _, _, metrics = prepare(bind(beta=0.0), tabular.nets(rng, V), batch.replace(seqs=filler))
+    _, _, metrics = tabular.prepare(bind(beta=0.0), tabular.nets(rng, V), batch.replace(seqs=filler))
     assert (float(metrics["rollout/zero_variance_groups"].total), float(metrics["rollout/zero_variance_groups"].count)) == (1.0, 2.0)
     np.testing.assert_allclose(metrics["objective/score"].compute(), 8.0 / 5)
+    np.testing.assert_allclose(metrics["objective/score_std"].compute(), np.std([1.0, 2.0, 3.0, 1.0, 1.0], ddof=1), rtol=1e-6)
 
 
 def test_truncated_rows_pay_the_penalty_and_the_logged_score_does_not():
     rng = np.random.default_rng(2)
     fake = tabular.nets(rng, V)
     batch = tabular.rollout(rng, 4, 8, V, group=4).replace(scores=jnp.ones(4), truncated=jnp.array([True, False, False, False]))
-    prepared, _, metrics = prepare(bind(beta=0.0), fake, batch)
+    prepared, _, metrics = tabular.prepare(bind(beta=0.0), fake, batch)
     advantages = np.asarray(prepared.advantages).sum(-1) / np.maximum((np.asarray(prepared.advantages) != 0).sum(-1), 1)
     np.testing.assert_allclose(advantages, np.array([-1.5, 0.5, 0.5, 0.5]), rtol=1e-3)  # mean 3/4 − … over std 1/2
     assert float(metrics["objective/score"].compute()) == 1.0 and float(metrics["rollout/truncated"].compute()) == 0.25
@@ -84,8 +84,8 @@ def test_beta_zero_needs_no_reference_and_any_other_says_so():
     rng = np.random.default_rng(3)
     fake, batch = tabular.nets(rng, V), tabular.rollout(rng, 4, 8, V)
     bound = bind(beta=0.0)
-    prepared, _, metrics = prepare(bound, fake, batch)
-    assert set(bound.loss(fake, prepared, None)[0]) == {"policy"} and "objective/kl" not in metrics
+    prepared, _, metrics = tabular.prepare(bound, fake, batch)
+    assert set(tabular.loss(bound, fake, prepared)[0]) == {"policy"} and "objective/kl" not in metrics
     with pytest.raises(UserError, match="grpo needs the reference"):
         bind(beta=0.1).loss(fake, prepared, None)
 
@@ -94,7 +94,7 @@ def test_an_unscored_or_unprepared_rollout_says_so():
     rng = np.random.default_rng(3)
     fake, batch = tabular.nets(rng, V), tabular.rollout(rng, 4, 8, V)
     with pytest.raises(UserError, match=r"config\.reward_from"):
-        prepare(bind(), fake, batch.replace(scores=None))
+        tabular.prepare(bind(), fake, batch.replace(scores=None))
     with pytest.raises(AssertionError, match="lacks old_logps, advantages"):
         bind().loss(fake, batch, None)
 

@@ -39,12 +39,12 @@ def test_the_module_cites_its_paper_and_has_no_defaults(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_terms_and_metrics_are_means_and_counts_ignore_the_parameters(name):
     bound, fake, batch = case(name)
-    terms, metrics = bound.loss(fake, batch, None)
+    terms, metrics = tabular.loss(bound, fake, batch)
     assert terms and all(isinstance(m, Mean) and m.total.shape == m.count.shape == () for m in (terms | metrics).values())
     assert not terms.keys() & metrics.keys()
-    elsewhere, _ = bound.loss(fake.replace(params=jax.tree.map(lambda x: 3 * x + 1, fake.params)), batch, None)
+    elsewhere, _ = tabular.loss(bound, fake.replace(params=jax.tree.map(lambda x: 3 * x + 1, fake.params)), batch)
     close({k: m.count for k, m in terms.items()}, {k: m.count for k, m in elsewhere.items()}, rtol=0, atol=0)
-    slopes = jax.grad(lambda p: sum(m.count for m in bound.loss(fake.replace(params=p), batch, None)[0].values()))(fake.params)
+    slopes = jax.jit(jax.grad(lambda p: sum(m.count for m in bound.loss(fake.replace(params=p), batch, None)[0].values())))(fake.params)
     close(slopes, jax.tree.map(jnp.zeros_like, slopes), rtol=0, atol=0)
 
 
@@ -59,10 +59,9 @@ def test_microbatches_merge_to_the_whole(name, parts):
         merged = jax.tree.map(lambda *x: sum(x), *results)
         return tabular.value(merged[0]), merged[1]
 
-    whole = jax.value_and_grad(lambda p: tabular.value(bound.loss(fake.replace(params=p), batch, None)[0]))(fake.params)
-    (value, metrics), gradient = jax.value_and_grad(split, has_aux=True)(fake.params)
-    close((value, gradient), whole)
-    close(metrics, bound.loss(fake, batch, None)[1])
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(split, has_aux=True))(fake.params)
+    close((value, gradient), tabular.objective(bound, fake, batch))
+    close(metrics, tabular.loss(bound, fake, batch)[1])
 
 
 def scrambled(batch, seed=7):
@@ -91,10 +90,8 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
     longer = jax.tree.map(lambda x: x[:-1], clean)  # the filler row taken away: rows 0–4 form the same groups
     results = []
     for batch in (clean, scrambled(clean), longer):
-        batch, carry, prepared = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
-        terms, metrics = bound.loss(fake, batch, None)
-        gradient = jax.grad(lambda p, b=batch: tabular.value(bound.loss(fake.replace(params=p), b, None)[0]))(fake.params)
-        results.append((terms, metrics, prepared, carry, gradient))
+        batch, carry, prepared = tabular.prepare(bound, fake, batch)
+        results.append((*tabular.loss(bound, fake, batch), prepared, carry, tabular.objective(bound, fake, batch)))
     close(results[0], results[1])
     close(results[0], results[2])
 
@@ -105,7 +102,7 @@ def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
     seqs = batch if isinstance(batch, Sequences) else batch.seqs
     seqs = seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))
     batch = seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
-    batch, _, metrics = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
+    batch, _, metrics = tabular.prepare(bound, fake, batch)
     value, gradient = tabular.objective(bound, fake, batch)
     assert float(value) == 0.0
     close(gradient, jax.tree.map(jnp.zeros_like, gradient), rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """PPO: preparation and loss against the loops, reward placement, the KL controller, the first step, and a score that rises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,9 @@ from tests.reference.numeric import gradient
 V, INF = 4, float("inf")
 
 
+@functools.cache
 def bind(**changes):
     return objectives.bind({**PPO, **changes})
-
-
-def prepare(bound, fake, batch):
-    return bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
 
 
 @pytest.mark.parametrize("changes", [
@@ -31,10 +30,11 @@ def test_prepare_and_loss_against_the_loops(changes):
     rng = np.random.default_rng(0)
     h, bound, old = {**PPO, **changes}, bind(**changes), tabular.nets(rng, V)
     batch = tabular.with_reference(old, tabular.rollout(rng, 5, 7, V, filler=True))
-    prepared, carry, metrics = prepare(bound, old, batch)
+    prepared, carry, metrics = tabular.prepare(bound, old, batch)
     (tables, ref), numpy = tabular.float64(old), tabular.as_numpy(batch)
     fixed = slow.ppo_prepare(tables["policy"], tables["critic"], ref, numpy, h["kl_coef"], h)
-    for ours, theirs in {"old_logps": "old", "values": "values", "rewards": "rewards", "advantages": "advantages", "returns": "returns"}.items():
+    for ours in ("old_logps", "values", "rewards", "advantages", "returns"):
+        theirs = "old" if ours == "old_logps" else ours
         found = np.asarray(getattr(prepared, ours))
         np.testing.assert_allclose(np.where(fixed["mask"], found, 0), np.where(fixed["mask"], fixed[theirs], 0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(metrics["objective/kl"].compute(), fixed["kl"], rtol=1e-4)
@@ -53,17 +53,19 @@ def test_prepare_and_loss_against_the_loops(changes):
 def test_at_the_first_step_ratio_one_kl_zero_nothing_clipped():
     rng = np.random.default_rng(1)
     fake, bound = tabular.nets(rng, V, moved=0.0), bind()
-    batch, _, prepared = prepare(bound, fake, tabular.with_reference(fake, tabular.rollout(rng, 6, 8, V)))
-    terms, metrics = bound.loss(fake, batch, None)
+    batch, _, prepared = tabular.prepare(bound, fake, tabular.with_reference(fake, tabular.rollout(rng, 6, 8, V)))
+    terms, metrics = tabular.loss(bound, fake, batch)
     assert float(prepared["objective/kl"].compute()) == 0.0
-    assert [float(metrics[k].compute()) for k in ("policy/ratio_max", "policy/clip_frac", "policy/approx_kl", "value/clip_frac")] == [1, 0, 0, 0]
+    assert float(metrics["policy/ratio_max"].compute()) == 1.0
+    assert [float(metrics[k].compute()) for k in ("policy/clip_frac", "policy/approx_kl", "value/clip_frac")] == [0, 0, 0]
     np.testing.assert_allclose(terms["policy"].compute(), 0.0, atol=1e-5)  # whitened advantages have mean zero
 
 
 def test_actor_and_critic_are_read_in_one_pass():
     rng = np.random.default_rng(1)
     fake, bound = tabular.nets(rng, V).replace(calls=[]), bind()
-    batch, _, _ = prepare(bound, fake, tabular.with_reference(fake, tabular.rollout(rng, 4, 8, V)))
+    batch = tabular.with_reference(fake.replace(calls=None), tabular.rollout(rng, 4, 8, V))
+    batch, _, _ = bound.prepare(fake, batch, bound.init_carry(fake), None)
     bound.loss(fake, batch, None)
     assert len(fake.calls) == 2 and all("values" in want for want in fake.calls)
 
@@ -84,7 +86,7 @@ def test_a_truncated_row_pays_the_penalty_beyond_the_clip():
     fake = tabular.nets(rng, V, moved=0.0)
     batch = tabular.rollout(rng, 3, 8, V).replace(scores=jnp.full(3, 10.0))  # row 1 is truncated
     bound = bind(kl_coef=0.0, reward_clip=1.0, missing_eos_penalty=4.0, whiten_rewards=False)
-    prepared, _, metrics = prepare(bound, fake, batch)
+    prepared, _, metrics = tabular.prepare(bound, fake, batch)
     np.testing.assert_allclose(prepared.rewards.sum(-1), [1.0, -3.0, 1.0], rtol=1e-6)
     assert float(metrics["objective/score"].compute()) == 10.0
     np.testing.assert_allclose(metrics["rollout/truncated"].compute(), 1 / 3, rtol=1e-6)
@@ -110,16 +112,17 @@ def test_the_coefficient_of_the_carry_is_the_one_used_and_logged():
     two, carry, metrics = bound.prepare(fake, batch, {"kl_coef": jnp.float32(2.0)}, None)
     np.testing.assert_allclose(2 * one.rewards, two.rewards, rtol=1e-6)
     assert float(metrics["objective/kl_coef"].compute()) == 2.0 and float(carry["kl_coef"]) != 2.0
-    np.testing.assert_allclose(metrics["objective/rlhf_reward"].compute(), -2.0 * metrics["objective/kl"].compute(), rtol=1e-5)
+    for name in ("objective/rlhf_reward", "objective/non_score_reward"):
+        np.testing.assert_allclose(metrics[name].compute(), -2.0 * metrics["objective/kl"].compute(), rtol=1e-5)
 
 
 def test_a_zero_coefficient_needs_no_reference_and_any_other_says_so():
     rng = np.random.default_rng(5)
     fake, batch = tabular.nets(rng, V), tabular.rollout(rng, 4, 8, V)
-    _, carry, metrics = prepare(bind(kl_coef=0.0), fake, batch)
+    _, carry, metrics = tabular.prepare(bind(kl_coef=0.0), fake, batch)
     assert float(carry["kl_coef"]) == 0.0 and float(metrics["objective/kl"].compute()) == 0.0
     with pytest.raises(UserError, match="ppo needs the reference"):
-        prepare(bind(), fake, batch)
+        tabular.prepare(bind(), fake, batch)
 
 
 def test_explained_variance():
@@ -144,7 +147,7 @@ def test_overfit_the_score_rises_and_the_critic_learns():
         for _ in range(2):
             slopes = jax.grad(lambda p: tabular.value(bound.loss(fake.replace(params=p), rollout, None)[0]))(params)
             params = jax.tree.map(lambda p, g: p - g, params, slopes)
-        value = bound.loss(fake, rollout, None)[0]["value"].compute(), bound.loss(fake.replace(params=params), rollout, None)[0]["value"].compute()
+        value = [bound.loss(fake.replace(params=p), rollout, None)[0]["value"].compute() for p in (fake.params, params)]
         return params, carry, metrics["objective/score"].compute(), value
 
     params, carry, scores = fake.params, bound.init_carry(fake), []

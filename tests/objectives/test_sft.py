@@ -35,10 +35,10 @@ def test_a_uniform_policy_costs_log_v_per_response_token_and_the_prompt_costs_no
     batch = Sequences(tokens=tokens, positions=jnp.arange(5)[None], segment_ids=jnp.array([[1, 1, 1, 1, 0]]),
                       loss_mask=jnp.array([[False, False, True, True, True]]))  # fmt: skip
     fake = tabular.TabularNets({"policy": jnp.zeros((V, V))}, {})
-    terms, metrics = objectives.bind({"name": "sft", "z_loss": 0.0}).loss(fake, batch, None)
+    terms, metrics = tabular.loss(objectives.bind({"name": "sft", "z_loss": 0.0}), fake, batch)
     assert metrics == {} and set(terms) == {"nll"} and float(terms["nll"].count) == 2
     np.testing.assert_allclose(terms["nll"].compute(), np.log(V), rtol=1e-6)
-    terms, _ = objectives.bind({"name": "lm", "z_loss": 0.5}).loss(fake, batch, None)
+    terms, _ = tabular.loss(objectives.bind({"name": "lm", "z_loss": 0.5}), fake, batch)
     assert float(terms["nll"].count) == 3  # every token but the first and the padding
     np.testing.assert_allclose(terms["z_loss"].compute(), 0.5 * np.log(V) ** 2, rtol=1e-6)
 

@@ -1,0 +1,226 @@
+"""The main job, end to end on the embedded tasks: records → SFT → reward model → DPO, PPO, GRPO → held-out evaluation → a report.
+
+    python experiments/demo/pipeline.py --workdir runs/demo
+
+Each stage is a config of configs/ with its `:demo` values; this file only names their files, labels preference pairs from the SFT policy's own
+samples with a noisy Bradley-Terry draw on gold, and evaluates. Stages that are done are not done again, so a killed demo goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from rlhf_jax import data
+from rlhf_jax.checkpoint import CHECKPOINTS
+from rlhf_jax.data import embedded
+from rlhf_jax.errors import UserError
+from rlhf_jax.eval import compare, preference
+from rlhf_jax.eval.generation import responses
+from rlhf_jax.eval.models import Policy, RewardModel
+from rlhf_jax.report.page import write_report
+from rlhf_jax.report.results import write_results, write_whole
+from rlhf_jax.report.table import terminal_table
+from rlhf_jax.report.versions import versions
+from rlhf_jax.rewards.gold import GOLD
+from rlhf_jax.saved import load_source
+from rlhf_jax.synth.preferences import Samples, clean_pairs, label_pairs, write_preferences
+from rlhf_jax.train.loop import train
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LABEL_SCALE = 8.0  # Bradley-Terry scale per unit of gold: how noisy the labeller is
+SAMPLES_PER_PROMPT = 4
+PAIRS_PER_PROMPT = 3
+EVAL_BATCH = 256
+MAX_NEW_TOKENS = 16
+PROMPT_SLOTS = 48
+CONFIG = {"sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo", "grpo": "grpo", "grpo_gold": "grpo"}
+
+flags.DEFINE_string("workdir", "runs/demo", "where everything goes")
+flags.DEFINE_list("tasks", ["sort", "arithmetic"], "embedded tasks")
+flags.DEFINE_list("stages", ["dpo", "ppo", "grpo", "grpo_gold"], "stages after SFT and the reward model")
+flags.DEFINE_integer("seed", 0, "of data, training and evaluation")
+flags.DEFINE_string("variant", "demo", "config variant of every stage")
+
+
+class Task:
+    """One task's files, stages and evaluations in one folder."""
+
+    def __init__(self, name: str, folder: pathlib.Path, seed: int, variant: str) -> None:
+        self.name, self.folder, self.seed, self.variant = name, folder, seed, variant
+        self.gold = GOLD[name]
+        self.files = embedded.write_task(name, folder / "data", seed=seed)
+        self.results: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
+        self.evaluations: dict[str, compare.Evaluation] = {}
+
+    def path(self, stage: str) -> str:
+        return str(self.folder / stage)
+
+    def train(self, stage: str, **changes: Any) -> float:
+        """Trains a stage in its workdir; returns its wall-clock seconds, remembered over restarts."""
+        config = load_config(CONFIG[stage], self.variant)
+        config.seed = self.seed
+        config.data.cache = str(self.folder / "cache")
+        for key, value in changes.items():
+            section, _, name = key.rpartition("__")
+            (config[section] if section else config)[name] = value
+        self.configs[f"{self.name}/{stage}"] = config.to_dict()
+        clock = pathlib.Path(self.path(stage)) / "seconds.json"
+        before = json.loads(clock.read_text()) if clock.exists() else 0.0
+        start = time.time()
+        print(f"\n— {self.name}: {stage}", flush=True)
+        train(config, self.path(stage))
+        seconds = before + (time.time() - start if not before else 0.0)
+        clock.write_text(json.dumps(seconds))
+        return seconds
+
+    def prompts(self, split: str, samples: int) -> Any:
+        """A prompt split, `samples` rows per prompt."""
+        source = self.policy("sft").source
+        return data.open_dataset(
+            "prompt", self.files[split], source.tokenizer, template=source.template, max_length=PROMPT_SLOTS, prompt_length=PROMPT_SLOTS,
+            batch_size=EVAL_BATCH, group_size=samples, cache=self.folder / "cache",
+        )  # fmt: skip
+
+    def policy(self, stage: str, step: int | None = None) -> Policy:
+        path = self.path(stage)
+        return Policy(load_source(path, "--workdir", which="latest" if step is None else step), "--workdir")
+
+    # --- preference data ---
+
+    def sample_pairs(self) -> Mapping[str, str]:
+        """Preference files from SFT samples: noisy `train` and `valid` from the RM prompts, clean `test` from the test prompts."""
+        paths = {split: str(self.folder / "pairs" / f"{split}.jsonl") for split in ("train", "valid", "test")}
+        if all(pathlib.Path(path).exists() for path in paths.values()):
+            return paths
+        noisy = self._samples("rm")
+        rows, audit = label_pairs(noisy, self.gold, scale=LABEL_SCALE, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
+        held_out = max(len(noisy) // 10, 1)
+        write_preferences(paths["train"], (row for row in rows if row["prompt_id"] >= held_out))
+        write_preferences(paths["valid"], (row for row in rows if row["prompt_id"] < held_out))
+        clean, _ = clean_pairs(self._samples("test"), self.gold, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
+        write_preferences(paths["test"], clean)
+        write_whole(self.folder / "pairs" / "audit.json", json.dumps(audit.as_dict(), indent=2) + "\n")
+        print(f"  {audit.pairs} pairs, {100 * audit.as_dict()['flip_share']:.0f} % labelled against gold, {audit.identical} identical skipped")
+        return paths
+
+    def _samples(self, split: str) -> list[Samples]:
+        policy, prompts = self.policy("sft"), self.prompts(split, SAMPLES_PER_PROMPT)
+        found: dict[int, list[str]] = {}
+        for batch in prompts.eval_batches():
+            rolled = policy.generate(batch, seed=self.seed + 1, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0)
+            for row, text in enumerate(responses(rolled, policy.source.tokenizer)):
+                if batch.real[row]:
+                    found.setdefault(int(batch.prompt_ids[row]), []).append(text)
+        return [Samples(i, prompts.messages(i)[-1]["content"], tuple(texts)) for i, texts in sorted(found.items())]
+
+    def reward_accuracy(self, pairs: Mapping[str, str], seconds: float) -> None:
+        """The reward model against clean gold on the test prompts, beside the better of two length rules."""
+        model = RewardModel(load_source(self.path("rm"), "--workdir"), "--workdir")
+        dataset = data.open_dataset("preference", pairs["test"], model.source.tokenizer, template=model.source.template, max_length=64,
+                                    overlong="truncate", batch_size=EVAL_BATCH, cache=self.folder / "cache")  # fmt: skip
+        scores = np.concatenate([model.scores(batch)[batch.real] for batch in dataset.eval_batches()])
+        lengths = {split: np.array([[len(row["chosen"]), len(row["rejected"])] for row in _rows(pairs[split])]) for split in ("train", "test")}
+        baseline = preference.length_baseline(*lengths["train"].T, *lengths["test"].T)
+        self.results["rm"] = {
+            "accuracy": preference.accuracy(scores[:, 0], scores[:, 1]), "length_baseline": baseline.accuracy,
+            "length_rule": baseline.rule, "pairs": len(scores), "seconds": seconds,
+        }  # fmt: skip
+
+    # --- evaluation ---
+
+    def evaluate(self, stage: str, split: str, step: int | None = None) -> compare.Evaluation:
+        return compare.evaluate(
+            self.policy(stage, step), self.policy("sft"), self.prompts(split, 1), self.prompts(split, SAMPLES_PER_PROMPT), self.gold,
+            max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=self.seed + 2,
+        )  # fmt: skip
+
+    def report(self, stage: str, seconds: float) -> None:
+        """The chosen checkpoint (best sampled gold on the validation split) and the final one, both on the test split."""
+        if stage == "sft":
+            self.evaluations["sft"] = self.evaluate("sft", "test")
+            self.results["sft"] = {**compare.row(self.evaluations["sft"], None), "seconds": seconds}
+            return
+        steps = sorted(int(path.name) for path in (pathlib.Path(self.path(stage)) / CHECKPOINTS).iterdir() if path.name.isdigit())
+        found = {step: compare.row(self.evaluate(stage, "valid", step), None)["gold_sample"] for step in steps}
+        chosen = max(steps, key=lambda step: (found[step], -step))
+        self.evaluations[stage] = self.evaluate(stage, "test", chosen)
+        values = compare.row(self.evaluations[stage], self.evaluations["sft"], seed=self.seed)
+        final = values if chosen == steps[-1] else compare.row(self.evaluate(stage, "test"), self.evaluations["sft"], seed=self.seed)
+        self.results[stage] = {**values, "chosen_step": chosen, "valid_gold": {str(k): v for k, v in found.items()}, "seconds": seconds,
+                               "final": dict(final)}  # fmt: skip
+
+    def samples(self, count: int = 12) -> list[dict[str, Any]]:
+        """The same sampled prompts under every stage."""
+        first = {stage: {r["prompt_id"]: r for r in reversed(e.sampled)} for stage, e in self.evaluations.items()}
+        ids = sorted(first["sft"])[:count]
+        return [
+            {"prompt": first["sft"][i]["prompt"],
+             **{stage: {"response": rows[i]["response"], "gold": rows[i]["gold"]} for stage, rows in first.items()}}
+            for i in ids
+        ]  # fmt: skip
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def load_config(name: str, variant: str) -> Any:
+    """configs/NAME.py's get_config(variant)."""
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
+    """All stages of one task, in order."""
+    sft, rm = task.path("sft"), task.path("rm")
+    seconds = task.train("sft", data__train=task.files["sft"], data__valid=task.files["sft"])
+    task.report("sft", seconds)
+    pairs = task.sample_pairs()
+    on_pairs = dict(init_from=sft, data__train=pairs["train"], data__valid=pairs["valid"])
+    task.reward_accuracy(pairs, task.train("rm", **on_pairs))
+    on_prompts = dict(init_from=sft, data__train=task.files["rl"], data__valid=task.files["valid"])
+    rewards = {
+        "dpo": on_pairs,
+        "ppo": {**on_prompts, "reward_from": rm},
+        "grpo": {**on_prompts, "reward_from": rm},
+        "grpo_gold": {**on_prompts, "reward_fn": f"rlhf_jax.rewards.gold.{task.name}_reward", "reward_normalise": False},
+    }
+    for stage in stages:
+        task.report(stage, task.train(stage, **rewards[stage]))
+        say(terminal_table({"tasks": {task.name: task.results}, "versions": {}, "configs": {}}))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the pipeline."""
+    if argv[1:]:
+        raise UserError(f"{argv[1]!r} is no flag: flags start with --")
+    options = flags.FLAGS
+    workdir, start = pathlib.Path(options.workdir), time.time()
+    results: dict[str, Any] = {"tasks": {}, "versions": versions(), "configs": {}}
+    runs = {}
+    for name in options.tasks:
+        task = Task(name, workdir / name, options.seed, options.variant)
+        run_task(task, options.stages, lambda text: print("\n" + text, flush=True))
+        results["tasks"][name] = {**task.results, "samples": task.samples()}
+        results["configs"] |= task.configs
+        runs |= {f"{name}/{stage}": task.path(stage) for stage in ("sft", "rm", *options.stages)}
+    results["seconds"] = time.time() - start
+    write_results(results, workdir / "results.json")
+    write_report(results, runs, workdir / "report.html")
+    print(f"\n{terminal_table(results)}\n\n{results['seconds']:.0f} s in all; {workdir}/report.html, {workdir}/results.json")
+
+
+if __name__ == "__main__":
+    app.run(main)

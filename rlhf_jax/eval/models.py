@@ -1,0 +1,126 @@
+"""Saved networks to ask: a policy that generates and reads log-probs, a reward model that scores pairs.
+
+Programs are compiled once per architecture and setting and shared by every checkpoint that is asked with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import distributed, sampling, sharding
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ModelConfig, Networks, NetworkSpec, layout, transformer
+from rlhf_jax.ops import masking
+from rlhf_jax.saved import Source
+from rlhf_jax.types import Array, Comparisons, Prompts, PyTree, Rollout, Sequences
+
+
+def one_device() -> Mesh:
+    """The default mesh of an evaluation: one device of this process."""
+    return distributed.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=1)
+
+
+def place(source: Source, outputs: tuple[str, ...], mesh: Mesh) -> tuple[ModelConfig, PyTree]:
+    """The network's configuration with these heads, and its parameters on their shardings.
+
+    Args:
+      source: a saved network.
+      outputs: heads to keep.
+      mesh: where.
+    """
+    config = ModelConfig(**{**source.config.__dict__, "outputs": outputs, "dropout": 0.0})
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+    where = sharding.parameter_shardings(mesh, transformer.logical_axes(config), shapes)
+    ends = {name: value for name, value in source.params["ends"].items() if name in shapes["ends"]}
+    tree = layout.to_runtime({**source.params, "ends": ends}, config.scan_layers)
+    return config, jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tree, where)
+
+
+class Policy:
+    """A saved policy on a mesh."""
+
+    def __init__(self, source: Source, key: str, mesh: Mesh | None = None) -> None:
+        """Places the parameters.
+
+        Args:
+          source: from saved.load_source.
+          key: the flag or config key that named it, for messages.
+          mesh: None takes one device.
+        """
+        if source.network != "policy":
+            raise UserError(f"{key} = {source.path!r} is a {source.network} checkpoint: name a policy's run")
+        self.source, self.mesh = source, mesh or one_device()
+        self.config, self.params = place(source, ("lm",), self.mesh)
+
+    def generate(self, prompts: Prompts, *, seed: int, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0
+                 ) -> Rollout:  # fmt: skip
+        """One completion per row; temperature 0 is greedy. Other arguments as sampling.generate."""
+        if prompts.tokens.shape[1] + max_new_tokens > self.config.context:
+            raise UserError(f"prompt slots and new tokens make {prompts.tokens.shape[1]} + {max_new_tokens} tokens, more than the model's "
+                            f"context of {self.config.context}: lower max_new_tokens")  # fmt: skip
+        tokenizer = self.source.tokenizer
+        program = _generate(
+            self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, (tokenizer.end_id,), tokenizer.pad_id
+        )  # fmt: skip
+        return program(self.params, self._place(prompts), jax.random.key(seed))
+
+    def logps(self, seqs: Sequences, *, temperature: float) -> Array:
+        """[B, T] nats, unfiltered, at this temperature."""
+        return _logps(self.config, self.mesh, temperature)(self.params, self._place(seqs))
+
+    def _place(self, batch: Any) -> Any:
+        rows = sharding.row_devices(self.mesh)
+        where = sharding.row_sharding(self.mesh) if jax.tree.leaves(batch)[0].shape[0] % rows == 0 else sharding.replicated(self.mesh)
+        return jax.device_put(batch, where)
+
+
+class RewardModel:
+    """A saved reward model on a mesh."""
+
+    def __init__(self, source: Source, key: str, mesh: Mesh | None = None) -> None:
+        """Places the parameters; arguments as for `Policy`."""
+        if source.network != "reward":
+            raise UserError(f"{key} = {source.path!r} is a {source.network} checkpoint: name a reward model's run")
+        self.source, self.mesh = source, mesh or one_device()
+        self.config, self.params = place(source, ("score",), self.mesh)
+
+    def scores(self, pairs: Comparisons) -> np.ndarray:
+        """[B, K] scores of the branches, read at their last real token; rows of padding included."""
+        placed = jax.device_put(pairs.seqs, sharding.replicated(self.mesh))
+        return np.asarray(_scores(self.config, self.mesh)(self.params, placed))
+
+
+@functools.lru_cache
+def _generate(config: ModelConfig, mesh: Mesh, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
+              stop_ids: tuple[int, ...], pad_id: int) -> Any:  # fmt: skip
+    def run(params: PyTree, prompts: Prompts, key: Array) -> Rollout:
+        chex.assert_rank(prompts.tokens, 2)
+        nets = Networks({"policy": params}, {}, NetworkSpec(policy=config))
+        return sampling.generate(
+            nets, prompts, key, iteration=0, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            stop_ids=stop_ids, pad_id=pad_id,
+        )  # fmt: skip
+
+    return sharding.jit(run, mesh)
+
+
+@functools.lru_cache
+def _logps(config: ModelConfig, mesh: Mesh, temperature: float) -> Any:
+    spec = NetworkSpec(policy=config, temperature=temperature)
+    return sharding.jit(lambda params, seqs: Networks({"policy": params}, {}, spec).policy(seqs).logps, mesh)
+
+
+@functools.lru_cache
+def _scores(config: ModelConfig, mesh: Mesh) -> Any:
+    spec = NetworkSpec(reward=config)
+
+    def run(params: PyTree, seqs: Sequences) -> Array:
+        return masking.at_last_real(Networks({"reward": params}, {}, spec).reward(seqs).scores, seqs.segment_ids)
+
+    return sharding.jit(run, mesh)

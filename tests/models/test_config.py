@@ -1,0 +1,59 @@
+"""A model's configuration: each mistake is one sentence that names its key, and JSON gives back what it was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ModelConfig
+from tests.models import tiny
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 0}, "config.model.vocab_size = 0: must be at least 1"),
+        ({"layers": 0}, "config.model.layers = 0"),
+        ({"context": -1}, "config.model.context = -1"),
+        ({"kv_heads": 3}, "config.model.kv_heads = 3: must divide config.model.heads = 4"),
+        ({"head_dim": 5}, "config.model.head_dim = 5: must be even"),
+        ({"dropout": 1.0}, "config.model.dropout = 1.0: must lie in"),
+        ({"dropout": -0.1}, "config.model.dropout = -0.1: must lie in"),
+        ({"remat": "some"}, "config.model.remat = 'some': must be one of none, full, dots"),
+        ({"logits_chunk": -1}, "config.model.logits_chunk = -1"),
+        ({"param_dtype": "float16"}, "config.model.param_dtype = 'float16': must be one of float32, bfloat16"),
+        ({"compute_dtype": "int8"}, "config.model.compute_dtype = 'int8'"),
+        ({"outputs": ("lm", "vote")}, "must be drawn from lm, value, score"),
+    ],
+)
+def test_a_value_out_of_range_is_named(change, said):
+    with pytest.raises(UserError) as error:
+        tiny.config(**change)
+    assert said in str(error.value)
+
+
+def section() -> dict:
+    return {key: value for key, value in dataclasses.asdict(tiny.BASE).items() if key != "outputs"}
+
+
+def test_create_wants_every_key_and_no_other():
+    assert ModelConfig.create(section(), ("lm",)) == tiny.BASE
+    with pytest.raises(UserError, match=r"config\.model\.hiden is not a model option \(did you mean 'hidden'\?\)"):
+        ModelConfig.create({**section(), "hiden": 8}, ("lm",))
+    with pytest.raises(UserError, match=r"config\.critic lacks heads, hidden"):
+        ModelConfig.create({k: v for k, v in section().items() if k not in ("hidden", "heads")}, ("lm",), "config.critic")
+
+
+def test_json_gives_the_same_configuration_back():
+    config = tiny.config(outputs=("lm", "value"), tied=True)
+    again = ModelConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config and hash(again) == hash(config)
+
+
+def test_difference_names_shapes_and_meaning_but_not_layout_or_precision():
+    other = tiny.config(hidden=8, rope_theta=5.0, tied=True, scan_layers=True, compute_dtype="bfloat16", remat="full", dropout=0.5, context=9)
+    assert tiny.BASE.difference(other) == ["hidden", "rope_theta", "tied"]
+    assert tiny.BASE.difference(tiny.BASE) == []

@@ -1,0 +1,98 @@
+"""Scanned and unrolled layers are one network: same parameters, same numbers, and one saved layout, an optimizer's state included."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import layout, transformer
+from rlhf_jax.train import optimizer
+from tests.models import tiny
+
+UNROLLED, SCANNED = tiny.BASE, tiny.config(scan_layers=True)
+OPTIMIZER = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "muon_beta": 0.95,
+             "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.9, "moment_dtype": "float32"}  # fmt: skip
+
+
+def test_init_draws_the_same_parameters_in_both_layouts():
+    unrolled, scanned = (transformer.init(c, jax.random.key(3)) for c in (UNROLLED, SCANNED))
+    assert set(unrolled["layers"]) == {"0", "1"} and set(scanned["layers"]) == {"scan"}
+    tiny.close(layout.to_canonical(scanned), unrolled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_to_runtime_and_back_is_the_identity(scan):
+    params = tiny.params()
+    runtime = layout.to_runtime(params, scan)
+    tiny.close(layout.to_canonical(runtime), params, rtol=0, atol=0)
+    tiny.close(layout.to_runtime(runtime, scan), runtime, rtol=0, atol=0)
+    assert jax.tree.structure(layout.to_canonical(runtime)) == jax.tree.structure(params)
+
+
+def test_layers_are_stacked_in_the_order_of_numbers_not_of_strings():
+    layers = {str(i): {"w": jnp.full((2,), i)} for i in range(11)}
+    stacked = layout.to_runtime({"layers": layers}, True)["layers"]["scan"]["w"]
+    np.testing.assert_array_equal(stacked[:, 0], np.arange(11))
+    assert layout.to_canonical({"layers": {"scan": {"w": stacked}}})["layers"]["10"]["w"][0] == 10
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(config, params, seqs, keys=None):
+    return jax.value_and_grad(lambda p: -tiny.nets(config).replace(params={"policy": p}).policy(seqs, keys).logps.sum())(params)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(dropout):
+    seqs, params = tiny.rows(3, 9), tiny.params()
+    keys = jax.random.split(jax.random.key(1), 3)
+    a, ga = loss_and_gradient(tiny.config(dropout=dropout), params, seqs, keys)
+    b, gb = loss_and_gradient(tiny.config(dropout=dropout, scan_layers=True), layout.to_runtime(params, True), seqs, keys)
+    tiny.close(a, b)
+    tiny.near(layout.to_canonical(gb), ga)
+
+
+def test_logical_axes_fit_every_parameter_in_both_layouts():
+    for config in (UNROLLED, SCANNED, tiny.config(tied=True, outputs=("lm", "value", "score"))):
+        shapes = jax.eval_shape(lambda c=config: transformer.init(c, jax.random.key(0)))
+        axes = transformer.logical_axes(config)
+        names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+        assert [len(n) for n in names] == [len(s.shape) for s in jax.tree.leaves(shapes)]
+        assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert transformer.logical_axes(SCANNED)["layers"]["scan"]["query"]["kernel"] == (None, "embed", "heads")
+    assert transformer.logical_axes(UNROLLED)["layers"]["0"]["query"]["kernel"] == ("embed", "heads")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("chosen", ["all", "norms"])
+def test_an_optimizers_state_has_one_layout_too(name, chosen):
+    """Update, save canonically, load into the other layout, update again: as if the layout had never changed."""
+    tx, _ = optimizer.build({**OPTIMIZER, "name": name}, 10)
+
+    def some(tree):
+        if chosen == "all":
+            return tree
+        return {"ends": {"norm": tree["ends"]["norm"]}, "layers": {n: {k: x for k, x in layer.items() if "norm" in k}
+                                                                    for n, layer in tree["layers"].items()}}  # fmt: skip
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    stacked = lambda tree: layout.to_runtime(tree, True)  # noqa: E731
+    params = some(tiny.params())
+    grads = [some(tiny.params(seed=s)) for s in (1, 2)]
+    straight = update(*update(params, tx.init(params), grads[0]), grads[1])
+    scanned = update(stacked(params), tx.init(stacked(params)), stacked(grads[0]))
+    saved = layout.to_canonical(scanned)
+    reloaded = stacked(saved)
+    assert jax.tree.structure(reloaded) == jax.tree.structure(scanned)
+    tiny.close(reloaded, scanned, rtol=0, atol=0)
+    tiny.close(layout.to_canonical(update(*reloaded, stacked(grads[1])))[0], straight[0], rtol=1e-4, atol=1e-5)
+    if chosen == "all" or name == "adamw":
+        assert jax.tree.structure(saved) == jax.tree.structure(straight)
+        tiny.close(layout.to_canonical(update(*saved, grads[1])), straight, rtol=1e-4, atol=1e-5)
