@@ -106,8 +106,9 @@ def _demo(c: ConfigDict) -> None:
     """Tuned on two cores; see BUILD_NOTES.md."""
     _small_model(c)
     c.tokenizer.kind = "inherit"
-    c.data.update(max_length=64, prompt_length=48)
-    c.run.update(steps=300, data_epochs=0.0, batch_size=64)
-    c.optimizer.update(lr=3e-4, warmup_steps=20)
-    c.validation.update(every=50)
-    c.checkpoint.update(every=100, keep=3)
+    c.data.update(max_length=48, prompt_length=36)
+    c.objective.update(beta=0.3)
+    c.run.update(steps=200, data_epochs=0.0, batch_size=64)
+    c.optimizer.update(lr=1e-4, warmup_steps=20)
+    c.validation.update(every=100)
+    c.checkpoint.update(every=50, keep=4)

@@ -119,10 +119,10 @@ def _demo(c: ConfigDict) -> None:
     """Tuned on two cores; see BUILD_NOTES.md."""
     _small_model(c)
     c.tokenizer.kind = "inherit"
-    c.data.update(prompt_length=48)
-    c.objective.update(beta=0.3)
-    c.run.update(steps=150, batch_size=128, microbatches=1)
+    c.data.update(prompt_length=36)
+    c.objective.update(beta=0.3, advantage_eps=0.2)
+    c.run.update(steps=120, batch_size=128, microbatches=1)
     c.sampling.update(group_size=8, max_new_tokens=16)
-    c.optimizer.update(lr=1e-4, warmup_steps=10)
-    c.validation.update(every=50)
-    c.checkpoint.update(every=50, keep=3)
+    c.optimizer.update(lr=1e-4, schedule="linear", end_lr_ratio=0.0, warmup_steps=10)
+    c.validation.update(every=40)
+    c.checkpoint.update(every=40, keep=3)

@@ -121,10 +121,10 @@ def _demo(c: ConfigDict) -> None:
     """Tuned on two cores; see BUILD_NOTES.md."""
     _small_model(c)
     c.tokenizer.kind = "inherit"
-    c.data.update(prompt_length=48)
-    c.run.update(steps=150, batch_size=128, microbatches=1, epochs=2, minibatches=2)
+    c.data.update(prompt_length=36)
+    c.run.update(steps=120, batch_size=128, microbatches=1, epochs=2, minibatches=2)
     c.objective.update(kl_coef=0.1)
     c.sampling.update(max_new_tokens=16)
     c.optimizer.update(lr=3e-4, warmup_steps=10)
-    c.validation.update(every=50)
-    c.checkpoint.update(every=50, keep=3)
+    c.validation.update(every=40)
+    c.checkpoint.update(every=40, keep=3)

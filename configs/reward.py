@@ -106,8 +106,8 @@ def _demo(c: ConfigDict) -> None:
     """Tuned on two cores; see BUILD_NOTES.md."""
     _small_model(c)
     c.tokenizer.kind = "inherit"
-    c.data.update(max_length=64, prompt_length=48)
-    c.run.update(steps=400, data_epochs=0.0, batch_size=64)
+    c.data.update(max_length=48, prompt_length=36)
+    c.run.update(steps=200, data_epochs=0.0, batch_size=64)
     c.optimizer.update(lr=1e-3, warmup_steps=20)
-    c.validation.update(every=50)
+    c.validation.update(every=100)
     c.checkpoint.every = 200

@@ -105,8 +105,8 @@ def _tiny(c: ConfigDict) -> None:
 def _demo(c: ConfigDict) -> None:
     """Tuned on two cores; see BUILD_NOTES.md."""
     _small_model(c)
-    c.data.update(max_length=64, prompt_length=48)
+    c.data.update(max_length=48, prompt_length=36, pack=False)
     c.run.update(steps=600, data_epochs=0.0, batch_size=64)
     c.optimizer.update(lr=3e-3, warmup_steps=30)
     c.validation.update(every=200)
-    c.checkpoint.every = 200
+    c.checkpoint.every = 300

@@ -20,9 +20,15 @@ def initialize(multihost: bool) -> None:
 
     Args:
       multihost: config.mesh.multihost.
+
+    Raises:
+      UserError: JAX cannot tell which hosts there are.
     """
     if multihost and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(f"config.mesh.multihost = True, but JAX finds no other hosts ({error}): set it to False on one machine") from error
 
 
 def is_lead() -> bool:

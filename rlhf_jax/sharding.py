@@ -38,6 +38,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array on its sharding; tracing with it serves the call with the array itself."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where, weak_type=getattr(leaf, "weak_type", False))
+
+
 def row_devices(mesh: Mesh) -> int:
     """Over how many devices rows are split; batch sizes are multiples of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from rlhf_jax import data
 from rlhf_jax.checkpoint import CHECKPOINTS
@@ -37,10 +37,11 @@ from rlhf_jax.train.loop import train
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LABEL_SCALE = 8.0  # Bradley-Terry scale per unit of gold: how noisy the labeller is
 SAMPLES_PER_PROMPT = 4
+TEMPERATURES = (1.0, 1.5)  # of the SFT samples that are paired
 PAIRS_PER_PROMPT = 3
 EVAL_BATCH = 256
-MAX_NEW_TOKENS = 16
-PROMPT_SLOTS = 48
+NEW_TOKENS = {"sort": 16, "arithmetic": 24}
+PROMPT_SLOTS = 36
 CONFIG = {"sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo", "grpo": "grpo", "grpo_gold": "grpo"}
 
 flags.DEFINE_string("workdir", "runs/demo", "where everything goes")
@@ -72,7 +73,7 @@ class Task:
         for key, value in changes.items():
             section, _, name = key.rpartition("__")
             (config[section] if section else config)[name] = value
-        self.configs[f"{self.name}/{stage}"] = config.to_dict()
+        self.configs[f"{self.name}/{stage}"] = str(config)
         clock = pathlib.Path(self.path(stage)) / "seconds.json"
         before = json.loads(clock.read_text()) if clock.exists() else 0.0
         start = time.time()
@@ -94,6 +95,15 @@ class Task:
         path = self.path(stage)
         return Policy(load_source(path, "--workdir", which="latest" if step is None else step), "--workdir")
 
+    def split_demonstrations(self) -> tuple[str, str]:
+        """The demonstrations, a tenth of them held out for validation."""
+        lines = pathlib.Path(self.files["sft"]).read_text().splitlines(keepends=True)
+        held_out = len(lines) // 10
+        paths = self.folder / "data" / "sft_train.jsonl", self.folder / "data" / "sft_valid.jsonl"
+        for path, part in zip(paths, (lines[held_out:], lines[:held_out]), strict=True):
+            write_whole(path, "".join(part))
+        return str(paths[0]), str(paths[1])
+
     # --- preference data ---
 
     def sample_pairs(self) -> Mapping[str, str]:
@@ -113,13 +123,16 @@ class Task:
         return paths
 
     def _samples(self, split: str) -> list[Samples]:
-        policy, prompts = self.policy("sft"), self.prompts(split, SAMPLES_PER_PROMPT)
+        """SFT samples of every prompt, half of them at each temperature: the hotter ones hold the mistakes that a reward model must have seen,
+        or RL finds that it never learnt to mind them."""
+        policy, prompts = self.policy("sft"), self.prompts(split, SAMPLES_PER_PROMPT // len(TEMPERATURES))
         found: dict[int, list[str]] = {}
         for batch in prompts.eval_batches():
-            rolled = policy.generate(batch, seed=self.seed + 1, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0)
-            for row, text in enumerate(responses(rolled, policy.source.tokenizer)):
-                if batch.real[row]:
-                    found.setdefault(int(batch.prompt_ids[row]), []).append(text)
+            for number, temperature in enumerate(TEMPERATURES, start=1):
+                rolled = policy.generate(batch, seed=self.seed + number, max_new_tokens=NEW_TOKENS[self.name], temperature=temperature)
+                for row, text in enumerate(responses(rolled, policy.source.tokenizer)):
+                    if batch.real[row]:
+                        found.setdefault(int(batch.prompt_ids[row]), []).append(text)
         return [Samples(i, prompts.messages(i)[-1]["content"], tuple(texts)) for i, texts in sorted(found.items())]
 
     def reward_accuracy(self, pairs: Mapping[str, str], seconds: float) -> None:
@@ -140,7 +153,7 @@ class Task:
     def evaluate(self, stage: str, split: str, step: int | None = None) -> compare.Evaluation:
         return compare.evaluate(
             self.policy(stage, step), self.policy("sft"), self.prompts(split, 1), self.prompts(split, SAMPLES_PER_PROMPT), self.gold,
-            max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=self.seed + 2,
+            max_new_tokens=NEW_TOKENS[self.name], temperature=1.0, seed=self.seed + 2,
         )  # fmt: skip
 
     def report(self, stage: str, seconds: float) -> None:
@@ -185,12 +198,14 @@ def load_config(name: str, variant: str) -> Any:
 def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
     """All stages of one task, in order."""
     sft, rm = task.path("sft"), task.path("rm")
-    seconds = task.train("sft", data__train=task.files["sft"], data__valid=task.files["sft"])
+    train_file, valid_file = task.split_demonstrations()
+    seconds = task.train("sft", data__train=train_file, data__valid=valid_file)
     task.report("sft", seconds)
     pairs = task.sample_pairs()
     on_pairs = dict(init_from=sft, data__train=pairs["train"], data__valid=pairs["valid"])
     task.reward_accuracy(pairs, task.train("rm", **on_pairs))
-    on_prompts = dict(init_from=sft, data__train=task.files["rl"], data__valid=task.files["valid"])
+    on_prompts = dict(init_from=sft, data__train=task.files["rl"], data__valid=task.files["valid"],
+                      sampling__max_new_tokens=NEW_TOKENS[task.name])  # fmt: skip
     rewards = {
         "dpo": on_pairs,
         "ppo": {**on_prompts, "reward_from": rm},
@@ -223,4 +238,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    from rlhf_jax.cli.main import script
+
+    script(main)

@@ -9,7 +9,7 @@ import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "train": "train any objective: SFT, reward model, DPO, PPO, GRPO …, or resume a run",
@@ -32,36 +32,54 @@ def fail(message: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Entry point of `rlhf-jax`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         sys.exit(0 if arguments else 2)
+    prepare_process()
     sys.exit(run(arguments[0], arguments[1:]))
+
+
+def script(body: Callable[[list[str]], int | None]) -> None:
+    """Entry point of a pipeline in experiments/: parses the flags it defined and runs it like a command."""
+    prepare_process()
+    sys.exit(guarded(sys.argv[0], sys.argv[1:], body))
 
 
 def run(name: str, arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
-    from rlhf_jax.errors import UserError, nearest
+    from rlhf_jax.errors import nearest
 
     if name not in COMMANDS:
         return fail(f"{name!r} is not a command{nearest(name, COMMANDS)}")
-    _environment()
-    from absl import flags, logging
-
-    from rlhf_jax.cli.configs import check_overrides
-
     command = importlib.import_module(f"rlhf_jax.cli.{name}")
     if {"-h", "--help", "-help"} & set(arguments):
         print(command.__doc__.strip() + "\n\nflags:\n" + _flag_help(command.FLAGS_HELP))
         return 0
+    return guarded(name, arguments, lambda _: command.main())
+
+
+def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | None]) -> int:
+    """Parses flags and runs `body`; a user's mistake becomes one sentence and exit code 2.
+
+    Args:
+      name: of the command, for messages.
+      arguments: the command line after it.
+      body: gets what is left beside the flags, always nothing.
+    """
+    from absl import flags, logging
+
+    from rlhf_jax.cli.configs import check_overrides
+    from rlhf_jax.errors import UserError
+
     logging.set_verbosity(logging.WARNING)
     try:
         check_overrides(arguments)
-        rest = flags.FLAGS([f"rlhf-jax {name}", *arguments])[1:]
+        rest = _parse(name, arguments)
         if rest:
             return fail(f"{name}: {rest[0]!r} is no flag: flags start with --")
-        return command.main() or 0
+        return body([name]) or 0
     except UserError as error:
         return fail(str(error))
     except flags.Error as error:
@@ -71,16 +89,32 @@ def run(name: str, arguments: list[str]) -> int:
         return 130
 
 
+def _parse(name: str, arguments: list[str]) -> list[str]:
+    """Parses the flags; returns what is none. `config_flags` looks for --config.KEY=VALUE in sys.argv, whoever calls."""
+    from absl import flags
+
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        return flags.FLAGS(sys.argv)[1:]
+    finally:
+        sys.argv = before
+
+
 def _flag_help(rows: dict[str, str]) -> str:
     return "\n".join(f"  {flag}\n      {text}" for flag, text in rows.items())
 
 
-def _environment() -> None:
-    """Defaults that must be set before JAX is imported: a compilation cache that later runs reuse, and no banner from the TPU probe."""
+def prepare_process() -> None:
+    """Sets what must be set before JAX is imported, unless the user has: a compilation cache that later runs reuse, and on Linux
+    transparent huge pages for malloc, which halve the time of a training step on CPU (BUILD_NOTES.md) and are read at process start only,
+    so that the process replaces itself once."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlhf_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

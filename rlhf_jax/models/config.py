@@ -78,7 +78,8 @@ class ModelConfig:
         missing = sorted(legal - set(values))
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}: write every value out")
-        return cls(**{key: values[key] for key in legal}, outputs=tuple(outputs))
+        kinds = {f.name: {"int": int, "float": float, "bool": bool, "str": str}[str(f.type)] for f in dataclasses.fields(cls) if f.name in legal}
+        return cls(**{key: _typed(f"{where}.{key}", values[key], kind) for key, kind in kinds.items()}, outputs=tuple(outputs))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's meta."""
@@ -93,3 +94,12 @@ class ModelConfig:
         """Names of the fields in which the parameters' shapes or meaning differ; layout and precision are not among them."""
         shapes = ("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "rope_theta", "norm_eps", "tied")
         return [key for key in shapes if getattr(self, key) != getattr(other, key)]
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    """`value` if it is of its field's type, an int made a float where a float is meant."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{key} = {value!r}: must be of type {kind.__name__}, got {type(value).__name__}")
+    return value

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops import masking, vocab
@@ -82,6 +83,8 @@ class Networks:
         """
         chex.assert_rank(seqs.tokens, {2, 3})
         separate = "values" in want and self.spec.critic is not None
+        if "values" in want and not separate and "value" not in _config(self.spec.policy, "policy").outputs:
+            raise UserError("config.critic.kind = 'none', and the objective needs values: choose 'separate' or 'shared'")
         mine = tuple(w for w in want if not (separate and w == "values"))
         out = self._run(_config(self.spec.policy, "policy"), self._tree("policy"), seqs, keys, mine, along) if mine else {}
         if separate:
@@ -164,7 +167,8 @@ class Networks:
 
 def _config(config: ModelConfig | None, name: str) -> ModelConfig:
     if config is None:
-        raise ValueError(f"this run's NetworkSpec has no {name} network")
+        key = {"policy": "config.network", "reward": "config.network or config.reward_from"}.get(name, "config.reference_from")
+        raise UserError(f"the objective needs a {name} network, which this run does not have: look at {key}")
     return config
 
 

@@ -203,6 +203,7 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     Raises:
       UserError: a file, checkpoint, tokenizer or mesh that does not fit.
     """
+    distributed.initialize(config["mesh"]["multihost"])  # before anything asks JAX for its devices
     online = config["data"]["kind"] == "prompt"
     init = load_source(config["init_from"], "config.init_from") if config["init_from"] else None
     if init is not None and config["network"] == "policy":
@@ -229,7 +230,6 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     train_data, valid_data = _datasets(config, tokenizer)
     steps = config["run"]["steps"] or train_data.batches_for(config["run"]["data_epochs"], config["seed"])
 
-    distributed.initialize(config["mesh"]["multihost"])
     mesh = distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
     per_pass = config["run"]["batch_size"] // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
@@ -272,8 +272,9 @@ class Start:
         if not self._trained:
             raise UserError(f"config.trainable = {pattern!r} matches no parameter: nothing would train")
         self._draw, self._first = draw, first
-        self.abstract: TrainState = jax.eval_shape(first, loaded)
-        self.shardings = _state_shardings(mesh, self.abstract, self._trained, tx)
+        shapes = jax.eval_shape(first, loaded)
+        self.shardings = _state_shardings(mesh, shapes, self._trained, tx)
+        self.abstract: TrainState = jax.tree.map(sharding.placed, shapes, self.shardings)
 
     def state(self) -> TrainState:
         """A new first state; every call gives the same one."""

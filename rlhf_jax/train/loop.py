@@ -71,7 +71,7 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
 
 def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState, int]:
     """The newest intact checkpoint's state and batch, or the first state and 0."""
-    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), exp.start.abstract, exp.start.shardings)
+    abstract = exp.start.abstract
     found = saver.restore_latest(saved_items(abstract, exp.frozen))
     if found is None:
         return exp.start.state(), 0
@@ -172,7 +172,7 @@ class _Run:
         log = self.exp.config["log"]
         if self.samples is not None and distributed.is_lead():
             at, previous = self.samples
-            rows = completions(self.exp, previous, log["samples"])
+            rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
             scores = jax.device_get(previous.scores)[: log["samples"]]
             with (self.folder / "samples.jsonl").open("ab") as file:
                 for row, score in zip(rows, scores, strict=True):
@@ -251,10 +251,17 @@ def _refuse(exp: Experiment, programs: Programs) -> None:
         run_log.import_wandb()
 
 
+def _jsonable(value: Any) -> Any:
+    """Nested dicts with infinities as text, so that what is written is JSON to every reader."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write_json(path: epath.Path, value: Any) -> None:
     """Whole or not at all."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    part.write_text(json.dumps(_jsonable(value), indent=2, sort_keys=True) + "\n")
     part.replace(path)
 
 
@@ -266,7 +273,7 @@ def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     saved = json.loads(path.read_text())
-    now = json.loads(json.dumps(config))
+    now = json.loads(json.dumps(_jsonable(config)))
     for key, old, new in _differences(saved, now, "config"):
         if key.split(".")[1] not in FREE:
             raise UserError(f"{key} = {new!r}, but the run in {folder} was started with {old!r}: choose another --workdir, or delete that one")

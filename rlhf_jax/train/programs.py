@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from rlhf_jax import distributed, sharding
 from rlhf_jax.data.encode import Encoder
@@ -43,10 +44,11 @@ class Programs:
             exp.objective, exp.spec, exp.optimizer, exp.rate, microbatches=run["microbatches"], epochs=run["epochs"],
             minibatches=run["minibatches"],
         )  # fmt: skip
-        self._host_reward: Callable[[Rollout], np.ndarray] | None = None
+        self._traces = 0
+        self._host_reward: Callable[[Rollout, Any], np.ndarray] | None = None  # (rollout, its prompt set) -> [B]
         jit_state = functools.partial(sharding.jit, mesh=exp.mesh, donate=(0,))
         if not exp.online:
-            self._step = jit_state(step, out_shardings=(exp.start.shardings, None))
+            self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
         else:
             self.rollout = online.make_rollout(
                 exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
@@ -55,10 +57,10 @@ class Programs:
             self.score = self._reward()
             if self._fused:
                 fused = online.fuse(self.rollout, self.score, step)
-                self._step = jit_state(fused, out_shardings=(exp.start.shardings, None, None))
+                self._step = jit_state(self._counted(fused), out_shardings=(exp.start.shardings, None, None))
             else:
                 self._score = sharding.jit(self.score, exp.mesh) if self._host_reward is None else None
-                self._step = jit_state(step, out_shardings=(exp.start.shardings, None))
+                self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
 
     def advance(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
         """One batch: an update, or a whole RL iteration. `state`'s buffers are donated."""
@@ -69,7 +71,7 @@ class Programs:
         if self._fused:
             return self._step(state, frozen, batch)
         rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
-        rolled = rolled.replace(scores=self._scores(state.params, rolled))
+        rolled = rolled.replace(scores=self._scores(state.params, rolled, self.exp.train_data))
         state, metrics = self._step(state, frozen, rolled)
         return state, metrics, rolled
 
@@ -83,16 +85,18 @@ class Programs:
           UserError: whatever the objective or the networks refuse while they are traced.
         """
         exp, state = self.exp, self.exp.start.abstract
-        batch = _shapes(exp.train_data.batch(0, seed=exp.config["seed"]))
+        where = sharding.row_sharding(exp.mesh)
+        batch = _shapes(exp.train_data.batch(0, seed=exp.config["seed"]), where)
         if exp.online and not self._fused:
             rolled = self._rollout.eval_shape(state.params, exp.frozen, batch, state.key, state.batch_index)
-            batch = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
+            rolled = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
+            batch = jax.tree.map(sharding.placed, rolled, jax.tree.map(lambda _: where, rolled))
         self._step.eval_shape(state, exp.frozen, batch)
         if exp.valid_data is None:
             return set()
         if exp.online:
             return {f"eval/{name}" for name in ONLINE_VALIDATION}
-        held_out = _shapes(next(iter(exp.valid_data.eval_batches())))
+        held_out = _shapes(next(iter(exp.valid_data.eval_batches())), where)
         found = self._validate.eval_shape(state.params, state.opt_state, state.carry, exp.frozen, state.key, held_out)
         return {f"eval/{name}" for name in found}
 
@@ -101,13 +105,24 @@ class Programs:
         return self._host_reward is None and self.exp.config["fused"]
 
     def compilations(self) -> int:
-        """How often the train step was compiled; more than once after warm-up is a bug."""
-        return self._step._cache_size()
+        """How often the train step was traced for compilation; more than once after warm-up is a bug. (The jit's own `_cache_size` counts
+        its dispatch entries: several for one program on more than one device.)"""
+        return self._traces
 
-    def _scores(self, params: PyTree, rolled: Rollout) -> Array:
+    def _counted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, whose body runs once per trace."""
+
+        @functools.wraps(fn)
+        def counted(*args: Any) -> Any:
+            self._traces += 1
+            return fn(*args)
+
+        return counted
+
+    def _scores(self, params: PyTree, rolled: Rollout, prompts: Any) -> Array:
         if self._host_reward is None:
             return self._score(params, self.exp.frozen, rolled)
-        scores = np.asarray(self._host_reward(rolled), np.float32)
+        scores = np.asarray(self._host_reward(rolled, prompts), np.float32)
         return distributed.to_global(scores, sharding.row_sharding(self.exp.mesh))
 
     def _reward(self) -> Any:
@@ -178,7 +193,7 @@ class Programs:
         if self._host_reward is None:
             scores = self._validation_score(params, self.exp.frozen, rolled)
         else:
-            scores = self._scores(params, rolled)
+            scores = self._scores(params, rolled, self.exp.valid_data)
         length = rolled.seqs.loss_mask.sum(-1)
         return {name: Mean.of(values, rolled.real) for name, values in zip(ONLINE_VALIDATION, (scores, length, rolled.truncated))}
 
@@ -212,39 +227,46 @@ class Programs:
         return sharding.jit(read, self.exp.mesh)
 
 
-def _shapes(batch: PyTree) -> PyTree:
+def _shapes(batch: PyTree, where: NamedSharding) -> PyTree:
     """This host's rows of a batch as the shapes of the global one."""
     _, hosts = distributed.host()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype), batch)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=where), batch)
 
 
-def completions(exp: Experiment, rolled: Rollout, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rollout's rows as text: prompt messages, response (special tokens dropped), whether it ended. Waits for the device.
+def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rollout's rows as text: prompt messages (None on filler rows), response without special tokens, whether it ended by itself.
+    Waits for the device.
 
     Args:
-      exp: for tokenizer and prompts.
+      exp: for the tokenizer.
       rolled: [B, T].
+      prompts: the set that the rollout's prompt ids belong to.
       limit: first rows only.
     """
-    chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
-    tokens, mask, ids, truncated = (
-        np.asarray(jax.device_get(x))[:limit] for x in (rolled.seqs.tokens, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
+    tokens, mask, ids, truncated, real = (
+        np.asarray(jax.device_get(x))[:limit]
+        for x in (rolled.seqs.tokens, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated, rolled.real)
     )
     return [
         {
-            "prompt_id": int(ids[b]), "messages": exp.train_data.messages(int(ids[b])), "ended": not bool(truncated[b]),
+            "prompt_id": int(ids[b]), "messages": list(prompts.messages(int(ids[b]))) if real[b] else None, "ended": not bool(truncated[b]),
             "response": exp.tokenizer.decode(tokens[b][mask[b]]),
         }
         for b in range(len(ids))
     ]  # fmt: skip
 
 
-def _call_reward(exp: Experiment, function: Any, rolled: Rollout) -> np.ndarray:
-    rows = completions(exp, rolled)
-    references = [exp.train_data.reference(row["prompt_id"]) for row in rows]
-    return host_rewards.call_reward_fn(function, [row["messages"] for row in rows], [row["response"] for row in rows], references)
+def _call_reward(exp: Experiment, function: Any, rolled: Rollout, prompts: Any) -> np.ndarray:
+    """The user's function on the real rows; 0 on filler rows."""
+    rows = completions(exp, rolled, prompts)
+    real = [row for row in rows if row["messages"] is not None]
+    scores = np.zeros(len(rows), np.float32)
+    scores[[row["messages"] is not None for row in rows]] = host_rewards.call_reward_fn(
+        function, [row["messages"] for row in real], [row["response"] for row in real], [prompts.reference(row["prompt_id"]) for row in real]
+    )  # fmt: skip
+    return scores
 
 
-def _retokenised(exp: Experiment, reward: Any, rolled: Rollout) -> np.ndarray:
-    rows = completions(exp, rolled)
+def _retokenised(exp: Experiment, reward: Any, rolled: Rollout, prompts: Any) -> np.ndarray:
+    rows = completions(exp, rolled, prompts)
     return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows])
