@@ -7,7 +7,6 @@ permuted or sharded by one `tree.map`. Axis letters: B rows, K branches, T token
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,11 +16,8 @@ from flax import struct
 Array = jax.Array
 PyTree = Any
 
-batch_dataclass = functools.partial(struct.dataclass, kw_only=True)
 
-
-@batch_dataclass
-class Sequences:
+class Sequences(struct.PyTreeNode, kw_only=True):
     """Token rows. With K branches every [B, T] below reads [B, K, T]."""
 
     tokens: Array  # [B, T] int32
@@ -37,8 +33,7 @@ class Sequences:
         return (self.segment_ids != 0).any(-1)
 
 
-@batch_dataclass
-class Comparisons:
+class Comparisons(struct.PyTreeNode, kw_only=True):
     """K responses to one prompt, best first; a pair is K = 2."""
 
     seqs: Sequences  # tokens [B, K, T]
@@ -50,8 +45,7 @@ class Comparisons:
         return self.seqs.real.all(-1)
 
 
-@batch_dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode, kw_only=True):
     """What a rollout starts from: prompts padded on the left, so that every row generates into the same slots."""
 
     tokens: Array  # [B, P] int32
@@ -67,8 +61,7 @@ class Prompts:
         return (self.segment_ids != 0).any(-1)
 
 
-@batch_dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode, kw_only=True):
     """Sampled completions and all that is known of them. Three log-probs, never confused: `sampler_logps` of the distribution
     drawn from (filters included), `old_logps` of the trainer at the same temperature, and the new ones that a loss computes."""
 
@@ -92,8 +85,7 @@ class Rollout:
         return self.seqs.real
 
 
-@batch_dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode, kw_only=True):
     """All that training changes, and all that a checkpoint needs. Frozen networks travel beside it."""
 
     step: Array  # [] int32, optimizer updates
@@ -104,8 +96,7 @@ class TrainState:
     carry: PyTree  # an objective's own state, e.g. a KL controller
 
 
-@struct.dataclass
-class Mean:
+class Mean(struct.PyTreeNode):
     """A mean kept as (total, count) until the very end, so that microbatches, devices and hosts merge exactly."""
 
     total: Array  # [] float32

@@ -39,8 +39,11 @@ def check_overrides(arguments: list[str]) -> None:
         return
     config = load_config(path)
     for argument in arguments:
+        if not argument.startswith("-"):
+            continue
         name, given, value = argument.lstrip("-").partition("=")
-        if argument.startswith("--") and name.startswith("config."):
+        name = name.removeprefix("no") if name.startswith("noconfig.") else name
+        if name.startswith("config."):
             _check_one(config, name, value if given else None)
 
 
@@ -66,9 +69,12 @@ def load_config(path: str) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise UserError(f"--config {name}: the file has no get_config(variant)")
     try:
-        return module.get_config(variant)
+        config = module.get_config(variant)
     except ValueError as error:
         raise UserError(f"--config {path}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config {path}: get_config(variant) must return a ConfigDict, got {type(config).__name__}")
+    return config
 
 
 def _config_argument(arguments: list[str]) -> str | None:
@@ -103,4 +109,4 @@ def _check_one(config: ConfigDict, name: str, value: str | None) -> None:
         elif isinstance(node, int | float):
             type(node)(value)
     except ValueError:
-        raise UserError(f"{name} = {value!r}: must be a {type(node).__name__}, like {node!r}") from None
+        raise UserError(f"{name} = {value!r}: must be {'an' if isinstance(node, int) and not isinstance(node, bool) else 'a'} {type(node).__name__}, like {node!r}") from None

@@ -91,9 +91,12 @@ class RewardModel:
         self.config, self.params = place(source, ("score",), self.mesh)
 
     def scores(self, pairs: Comparisons) -> np.ndarray:
-        """[B, K] scores of the branches, read at their last real token; rows of padding included."""
-        placed = jax.device_put(pairs.seqs, sharding.replicated(self.mesh))
-        return np.asarray(_scores(self.config, self.mesh)(self.params, placed))
+        """[B, K] scores of the branches, on the host; rows of padding included."""
+        return np.asarray(self.row_scores(pairs.seqs))
+
+    def row_scores(self, seqs: Sequences) -> Array:
+        """[B] or [B, K] scores at each row's last real token."""
+        return _scores(self.config, self.mesh)(self.params, jax.device_put(seqs, sharding.replicated(self.mesh)))
 
 
 @functools.lru_cache

@@ -45,8 +45,7 @@ def merge(first: PyTree, second: PyTree | None) -> PyTree:
     return {key: merge(first[key], second.get(key)) if key in first else second[key] for key in {**second, **first}}
 
 
-@struct.dataclass
-class Networks:
+class Networks(struct.PyTreeNode):
     """Trained and frozen networks behind one method each."""
 
     params: PyTree  # {"policy": …, "critic": …, "reward": …}, those that train

@@ -231,6 +231,10 @@ class Ends(nn.Module):
         return sum(outs + [self.scalar(h, head).sum() for head in ("score", "value") if head in self.config.outputs], jnp.float32(0))
 
 
+def _ends(config: ModelConfig, params: PyTree, method: str, *args: Any) -> Any:
+    return Ends(config).apply({"params": params["ends"]}, *args, method=method)
+
+
 def _boxed(config: ModelConfig, key: Array) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
     cos, sin = rope_tables(tokens, config.head_dim, config.rope_theta)
@@ -296,12 +300,11 @@ def trunk(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, 
     """
     chex.assert_rank([tokens, positions, segment_ids], 2)
     chex.assert_equal_shape([tokens, positions, segment_ids])
-    ends = Ends(config)
-    x = ends.apply({"params": params["ends"]}, tokens, method="embed")
+    x = _ends(config, params, "embed", tokens)
     x = drop(x, keys, 0, config.dropout)
     cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
     x, _ = _layers(config, params, x, cos, sin, visibility(segment_ids), keys, None, 0)
-    return pin(ends.apply({"params": params["ends"]}, x, method="finish"))
+    return pin(_ends(config, params, "finish", x))
 
 
 def unembed(config: ModelConfig, params: PyTree, hidden: Array) -> Array:
@@ -313,7 +316,7 @@ def unembed(config: ModelConfig, params: PyTree, hidden: Array) -> Array:
       hidden: [..., D] final hidden states.
     """
     chex.assert_axis_dimension(hidden, -1, config.hidden)
-    return Ends(config).apply({"params": params["ends"]}, hidden, method="unembed")
+    return _ends(config, params, "unembed", hidden)
 
 
 def scalar(config: ModelConfig, params: PyTree, hidden: Array, head: str) -> Array:
@@ -326,7 +329,7 @@ def scalar(config: ModelConfig, params: PyTree, hidden: Array, head: str) -> Arr
       head: "value" or "score".
     """
     chex.assert_axis_dimension(hidden, -1, config.hidden)
-    return Ends(config).apply({"params": params["ends"]}, hidden, head, method="scalar")
+    return _ends(config, params, "scalar", hidden, head)
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -356,8 +359,7 @@ def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array,
     chex.assert_rank([tokens, positions], 2)
     chex.assert_equal_shape([tokens, positions])
     chex.assert_rank(mask, 3)
-    ends = Ends(config)
-    x = ends.apply({"params": params["ends"]}, tokens, method="embed")
+    x = _ends(config, params, "embed", tokens)
     cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
     x, cache = _layers(config, params, x, cos, sin, mask, None, cache, slot)
-    return ends.apply({"params": params["ends"]}, x, method="finish"), cache
+    return _ends(config, params, "finish", x), cache

@@ -156,7 +156,7 @@ def padded_rows(rows: Sequence[np.ndarray], *, bucket: int, max_length: int, pad
         tokens[index, : len(row)], segments[index, : len(row)] = row, 1
     positions = np.arange(length, dtype=np.int32) * segments
     mask = np.zeros(tokens.shape, bool)
-    return Sequences(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask)  # type: ignore[call-arg]
+    return Sequences(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask)  # type: ignore[arg-type]
 
 
 class RetokenisedReward:

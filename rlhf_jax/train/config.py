@@ -7,6 +7,7 @@ devices (data, checkpoints, the mesh) is checked where they are opened, still be
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -29,15 +30,15 @@ class Number:
     above: bool = False  # strictly above `low`
 
     def admits(self, value: Any) -> bool:
-        return (value > self.low if self.above else value >= self.low) and value <= self.high
+        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        name = "an int" if self.kind is int else "a float"
+        name = "an int" if self.kind is int else "a finite float"
         low = f" {'>' if self.above else '≥'} {self.low:g}" if self.low > float("-inf") else ""
-        return name + low + (f" and ≤ {self.high:g}" if self.high < float("inf") else "")
+        return name + low + (f" and ≤ {self.high:.10g}" if self.high < float("inf") else "")
 
 
-COUNT, NATURAL = Number(int, 0), Number(int, 1)
+COUNT, NATURAL = Number(int, 0, 2**31 - 1), Number(int, 1, 2**31 - 1)  # counters are int32
 RATIO = Number(float, 0.0, 1.0)
 
 SCHEMA: dict[str, Any] = {

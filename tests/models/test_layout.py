@@ -19,7 +19,7 @@ OPTIMIZER = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_rati
 
 
 def test_init_draws_the_same_parameters_in_both_layouts():
-    unrolled, scanned = (transformer.init(c, jax.random.key(3)) for c in (UNROLLED, SCANNED))
+    unrolled, scanned = (jax.jit(transformer.init, static_argnums=0)(c, jax.random.key(3)) for c in (UNROLLED, SCANNED))
     assert set(unrolled["layers"]) == {"0", "1"} and set(scanned["layers"]) == {"scan"}
     tiny.close(layout.to_canonical(scanned), unrolled, rtol=0, atol=0)
 

@@ -17,6 +17,11 @@ from tests.reference import transformer as reference
 BASE, V = tiny.BASE, tiny.V
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init(config):
+    return transformer.init(config, jax.random.key(0))
+
+
 def shape(config):
     return dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, theta=config.rope_theta, eps=config.norm_eps)
 
@@ -42,8 +47,7 @@ def test_tied_means_one_table():
 
 
 def test_the_first_layers_draw_depends_on_its_number_alone():
-    three = transformer.init(tiny.config(layers=3), jax.random.key(0))["layers"]
-    two = transformer.init(BASE, jax.random.key(0))["layers"]
+    three, two = (init(tiny.config(layers=n))["layers"] for n in (3, 2))
     # All but residual outputs, which are scaled by the depth.
     for name in ("query", "key", "value", "gate", "up"):
         np.testing.assert_array_equal(three["1"][name]["kernel"], two["1"][name]["kernel"])
@@ -51,8 +55,8 @@ def test_the_first_layers_draw_depends_on_its_number_alone():
 
 
 def test_a_reward_head_starts_at_its_std_and_a_value_head_at_zero():
-    config = tiny.config(hidden=256, heads=2, kv_heads=1, outputs=("lm", "score", "value"))
-    ends = transformer.init(config, jax.random.key(0))["ends"]
+    config = tiny.config(hidden=256, layers=1, outputs=("lm", "score", "value"))
+    ends = init(config)["ends"]
     assert float(ends["score_head"]["kernel"].std()) == pytest.approx(257**-0.5, rel=0.15)
     assert not ends["value_head"]["kernel"].any() and not ends["score_head"]["bias"].any()
 
@@ -115,6 +119,7 @@ def test_positions_count_within_the_segment():
 def test_no_logit_depends_on_a_later_token_on_padding_or_on_another_segment():
     """By gradients: ∂ logits[t] / ∂ embedding[s] is zero unless s ≤ t in t's own segment."""
     seqs = tiny.row(np.arange(8), left=1, right=1, lengths=(3, 5))
+    seqs = seqs.replace(tokens=jnp.asarray([[15, *range(8), 16]], jnp.int32))  # each slot has a table row of its own
     params = tiny.params()
 
     @jax.jit
@@ -130,8 +135,6 @@ def test_no_logit_depends_on_a_later_token_on_padding_or_on_another_segment():
 
         return jax.vmap(one)(jnp.arange(10))
 
-    # Row tokens 0…7, and 0 on padding: slot 1 holds token 0 as well, so slots 0, 1 and 9 share one table row.
-    seqs = seqs.replace(tokens=jnp.asarray([[15, *range(8), 16]], jnp.int32))
     found = np.asarray(influence(params))
     segments = np.asarray(seqs.segment_ids[0])
     for t in range(1, 9):
@@ -179,7 +182,7 @@ def test_bfloat16_compute_is_finite_and_near_and_leaves_float32_logits():
 
 def test_bfloat16_parameters_are_kept_as_such():
     config = tiny.config(param_dtype="bfloat16", compute_dtype="bfloat16", outputs=("lm", "value", "score"))
-    params = transformer.init(config, jax.random.key(0))
+    params = init(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     assert np.isfinite(tiny.logits(config, params, tiny.rows(2, 5))).all()
 

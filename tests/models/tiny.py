@@ -28,10 +28,11 @@ def config(**changes: Any) -> ModelConfig:
 @functools.cache
 def params(config: ModelConfig = BASE, seed: int = 0) -> PyTree:
     """Parameters drawn by `init`, then every leaf moved by noise: gains are not 1, biases and value heads not 0."""
-    drawn = transformer.init(config, jax.random.key(seed))
-    leaves, treedef = jax.tree.flatten(drawn)
-    rng = np.random.default_rng(seed)
-    return treedef.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
+    with jax.ensure_compile_time_eval():  # kept, also when first asked for under a trace
+        drawn = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
+        leaves, treedef = jax.tree.flatten(drawn)
+        rng = np.random.default_rng(seed)
+        return treedef.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
 
 
 def nets(config: ModelConfig = BASE, *, seed: int = 0, **spec: Any) -> Networks:
