@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the responses of demonstrations: common practice for a 1 B model.
 
-    rlhf-jax train --config configs/sft.py --config.data.train=…jsonl --workdir runs/sft
+    rlhf-jax train --config configs/sft.py --config.data.train=…jsonl --workdir DIR
     rlhf-jax train --config configs/sft.py:tiny --workdir runs/sft_tiny      two steps in CI, seconds on a CPU
 
 `:demo` holds the values that `make demo` trains with (experiments/demo/pipeline.py sets its files).
@@ -29,8 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
         param_dtype="float32", compute_dtype="bfloat16",
         scan_layers=True, remat="full",
         logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
-    ))  # fmt: skip
-    c.tokenizer = ConfigDict(dict(kind="file", path="tokenizer.json", vocab_size=0))  # byte | bpe (trained on data.train) | file | inherit (init_from's)
+    ))
+    c.tokenizer = ConfigDict(dict(kind="file", path="tokenizer.json", vocab_size=0))  # byte | bpe | file | inherit (init_from's)
 
     c.data = ConfigDict(dict(
         kind="demo",
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         pack=True,  # several rows per sequence, attention kept apart
         overlong="truncate",  # error | truncate | skip, counted
         cache="",  # folder of prepared data; "" = ~/.cache/rlhf_jax
-    ))  # fmt: skip
+    ))
 
     c.run = ConfigDict(dict(
         steps=0,  # batches; 0 = as many as data_epochs needs
@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         epochs=1,  # passes over a batch
         minibatches=1,  # updates per pass
         max_nonfinite=10,  # skipped updates in a row after which the run stops
-    ))  # fmt: skip
+    ))
 
     c.optimizer = ConfigDict(dict(
         name="adamw",  # adamw | muon
@@ -62,14 +62,14 @@ def get_config(arg: str = "") -> ConfigDict:
         clip_norm=1.0,  # global; 0 = off
         ema_decay=0.0,  # evaluate a moving average of the parameters; 0 = off
         moment_dtype="float32",
-    ))  # fmt: skip
+    ))
 
     c.validation = ConfigDict(dict(
         every=0,  # batches; 0 = never
         batches=0,  # 0 = the whole set
         metric="eval/loss/nll", mode="min",  # what early stopping and the best checkpoint go by
         patience=0,  # validations without improvement after which the run stops; 0 = never
-    ))  # fmt: skip
+    ))
     c.checkpoint = ConfigDict(dict(every=500, keep=2))  # batches; newest kept
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
     c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name
@@ -87,7 +87,7 @@ def _small_model(c: ConfigDict) -> None:
     c.model.update(
         vocab_size=264, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=176, context=128, norm_eps=1e-6,
         compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
-    )  # fmt: skip
+    )
     c.tokenizer.kind = "byte"
     c.mesh.update(data=1, fsdp=1, devices=1)
 

@@ -73,11 +73,11 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     flat_axes = jax.tree.leaves(axes, is_leaf=is_axes)
     paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    return treedef.unflatten([one(path, shape, names) for (path, shape), names in zip(paths, flat_axes, strict=True)])
+    return jax.tree.unflatten(treedef, [one(path, shape, names) for (path, shape), names in zip(paths, flat_axes, strict=True)])
 
 
 def jit(fn: Callable[..., Any], mesh: Mesh, *, out_shardings: Any = None, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()
-        ) -> Any:  # fmt: skip
+        ) -> Any:
     """`jax.jit` under this mesh's axis rules.
 
     Args:

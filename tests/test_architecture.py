@@ -153,7 +153,7 @@ def import_breaches(modules: Mapping[str, Module]) -> list[str]:
         for name, line in imports(module):
             where = f"{module.name}:{line} imports {name}"
             found += [f"{where}, which only {rooms or 'nobody'} may" for package, rooms in CONFINED.items()
-                      if _within(name, package) and module.room not in rooms]  # fmt: skip
+                      if _within(name, package) and module.room not in rooms]
             found += [f"{where}, which {module.room} may not" for package in FORBIDDEN.get(module.room, ()) if _within(name, package)]
             if not _within(name, PACKAGE):
                 continue
@@ -179,7 +179,7 @@ def test_configs_and_experiments_break_no_confinement():
     found = []
     for module in recipes().values():
         found += [f"{module.name}:{line} imports {name}" for name, line in imports(module)
-                  if _within(name, "tensorflow") or _within(name, "flax.linen") or _within(name, "orbax")]  # fmt: skip
+                  if _within(name, "tensorflow") or _within(name, "flax.linen") or _within(name, "orbax")]
     assert found == []
 
 
@@ -242,7 +242,7 @@ def gold_imports(modules: Mapping[str, Module]) -> list[str]:
             continue
         found += [f"{module.name}:{line} imports {name}" for name, line in imports(module) if _within(name, GOLD)]
         found += [f"{module.name}:{node.lineno} reads {ast.unparse(node)}" for node in ast.walk(module.tree)
-                  if isinstance(node, ast.Attribute) and node.attr == "gold" and ast.unparse(node.value).endswith("rewards")]  # fmt: skip
+                  if isinstance(node, ast.Attribute) and node.attr == "gold" and ast.unparse(node.value).endswith("rewards")]
         found += [f"{module.name}:{line} names {text!r}" for text, line in _strings(module) if re.search(r"rewards\s*[.:/]\s*gold", text)]
     for name in modules:
         reached, todo = set(), [name]

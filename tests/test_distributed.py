@@ -21,7 +21,7 @@ def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
         ((8, 1, 1), 0, (8, 1, 1)), ((-1, 1, 1), 0, (8, 1, 1)), ((1, -1, 2), 0, (1, 4, 2)), ((2, 2, -1), 0, (2, 2, 2)),
         ((1, -1, 1), 4, (1, 4, 1)), ((1, 1, 1), 1, (1, 1, 1)), ((2, 4, -1), 0, (2, 4, 1)),
     ],
-)  # fmt: skip
+)
 def test_a_mesh_has_the_sizes_asked_for_and_minus_one_takes_what_is_left(asked, devices, shape):
     mesh = distributed.make_mesh(sizes(*asked), devices)
     assert mesh.axis_names == distributed.AXES and mesh.devices.shape == shape

@@ -42,6 +42,11 @@ def placed(name: str, on):
     return nets.spec, jax.device_put(nets.params, where), frozen, batch
 
 
+def compiled(program, *arguments):
+    """What a program returns, compiled quickly."""
+    return program.lower(*arguments).compile(tiny.QUICK)(*arguments)
+
+
 def test_every_built_in_objective_is_tested_here():
     assert sorted(trainable.NAMES) == objectives.names()
 
@@ -51,7 +56,7 @@ def test_every_built_in_objective_is_tested_here():
 def test_loss_metrics_and_gradients_are_those_of_one_device(name, where):
     on = mesh(where)
     spec, params, frozen, batch = placed(name, on)
-    found = sharding.jit(trainable.reading(bound(name), spec, 1), on)(params, frozen, batch)
+    found = compiled(sharding.jit(trainable.reading(bound(name), spec, 1), on), params, frozen, batch)
     expected = trainable.alone(name)
     assert all(np.abs(g).max() > 0 for path, g in tiny.canonical(expected[0]).items() if "value" not in path or name == "ppo")
     trainable.same(found, expected)
@@ -65,7 +70,7 @@ def test_four_microbatches_are_one_batch(name):
 def test_four_microbatches_on_a_mesh_are_one_batch_on_one_device():
     on = mesh("all")
     spec, params, frozen, batch = placed("ppo", on)
-    found = sharding.jit(trainable.reading(bound("ppo"), spec, 4), on)(params, frozen, batch)
+    found = compiled(sharding.jit(trainable.reading(bound("ppo"), spec, 4), on), params, frozen, batch)
     trainable.same(found, trainable.alone("ppo"))
 
 
@@ -107,10 +112,10 @@ def test_parameters_are_sharded_and_the_optimizers_state_follows(name):
 
 
 def test_the_first_state_does_not_depend_on_the_mesh():
-    states = [start(mesh(where), "adamw").state() for where in ("all", "tensor")]
     one = start(distributed.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, 1), "adamw").state()
-    for state in states:
-        tiny.close(tiny.canonical(state.params), tiny.canonical(one.params), rtol=1e-6, atol=1e-7)
+    many = start(mesh("all"), "adamw").state()
+    tiny.close(tiny.canonical(many.params), tiny.canonical(one.params), rtol=1e-6, atol=1e-7)
+    assert jax.random.key_data(many.key).tolist() == jax.random.key_data(one.key).tolist()
 
 
 def test_rows_are_split_over_data_and_fsdp_and_activations_stay_so():
@@ -147,16 +152,21 @@ def test_a_donated_state_is_gone_and_the_step_is_compiled_once():
     begun = start(on, "adamw")
     tx, rate = optimizer.build({**trainable.OPTIMIZER, "ema_decay": 0.5}, 10)
     step = make_step(bound(name), NetworkSpec(policy=trainable.MODEL), tx, rate, microbatches=2, epochs=1, minibatches=1)
-    run = sharding.jit(step, on, donate=(0,), out_shardings=(begun.shardings, None))
+    traces = []
+
+    def counted(*arguments):
+        traces.append(1)
+        return step(*arguments)
+
+    run = sharding.jit(counted, on, donate=(0,), out_shardings=(begun.shardings, None))
     state, batch = begun.state(), distributed.to_global(trainable.batch(name), sharding.row_sharding(on))
     first = state
     for _ in range(3):
         state, metrics = run(state, {}, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params)) and not batch.tokens.is_deleted()
-    assert run._cache_size() == 1
+    assert len(traces) == 1
     assert np.isfinite(float(metrics["loss/nll"].compute())) and int(state.step) == 3
-    jax.tree.map(lambda x, s: None if x.sharding.is_equivalent_to(s, x.ndim) else pytest.fail(str(s)), state, begun.shardings)
-    tiny.close(tiny.canonical(begun.state().params), tiny.canonical(begun.state().params), rtol=0, atol=0)  # made anew, not an alias
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, begun.shardings)))
 
 
 def test_static_arguments_and_out_shardings_pass_through():

@@ -89,7 +89,7 @@ class Task:
         return data.open_dataset(
             "prompt", self.files[split], source.tokenizer, template=source.template, max_length=PROMPT_SLOTS, prompt_length=PROMPT_SLOTS,
             batch_size=EVAL_BATCH, group_size=samples, cache=self.folder / "cache",
-        )  # fmt: skip
+        )
 
     def policy(self, stage: str, step: int | None = None) -> Policy:
         path = self.path(stage)
@@ -139,14 +139,14 @@ class Task:
         """The reward model against clean gold on the test prompts, beside the better of two length rules."""
         model = RewardModel(load_source(self.path("rm"), "--workdir"), "--workdir")
         dataset = data.open_dataset("preference", pairs["test"], model.source.tokenizer, template=model.source.template, max_length=64,
-                                    overlong="truncate", batch_size=EVAL_BATCH, cache=self.folder / "cache")  # fmt: skip
+                                    overlong="truncate", batch_size=EVAL_BATCH, cache=self.folder / "cache")
         scores = np.concatenate([model.scores(batch)[batch.real] for batch in dataset.eval_batches()])
         lengths = {split: np.array([[len(row["chosen"]), len(row["rejected"])] for row in _rows(pairs[split])]) for split in ("train", "test")}
         baseline = preference.length_baseline(*lengths["train"].T, *lengths["test"].T)
         self.results["rm"] = {
             "accuracy": preference.accuracy(scores[:, 0], scores[:, 1]), "length_baseline": baseline.accuracy,
             "length_rule": baseline.rule, "pairs": len(scores), "seconds": seconds,
-        }  # fmt: skip
+        }
 
     # --- evaluation ---
 
@@ -154,7 +154,7 @@ class Task:
         return compare.evaluate(
             self.policy(stage, step), self.policy("sft"), self.prompts(split, 1), self.prompts(split, SAMPLES_PER_PROMPT), self.gold,
             max_new_tokens=NEW_TOKENS[self.name], temperature=1.0, seed=self.seed + 2,
-        )  # fmt: skip
+        )
 
     def report(self, stage: str, seconds: float) -> None:
         """The chosen checkpoint (best sampled gold on the validation split) and the final one, both on the test split."""
@@ -169,7 +169,7 @@ class Task:
         values = compare.row(self.evaluations[stage], self.evaluations["sft"], seed=self.seed)
         final = values if chosen == steps[-1] else compare.row(self.evaluate(stage, "test"), self.evaluations["sft"], seed=self.seed)
         self.results[stage] = {**values, "chosen_step": chosen, "valid_gold": {str(k): v for k, v in found.items()}, "seconds": seconds,
-                               "final": dict(final)}  # fmt: skip
+                               "final": dict(final)}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """The same sampled prompts under every stage."""
@@ -179,7 +179,7 @@ class Task:
             {"prompt": first["sft"][i]["prompt"],
              **{stage: {"response": rows[i]["response"], "gold": rows[i]["gold"]} for stage, rows in first.items()}}
             for i in ids
-        ]  # fmt: skip
+        ]
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
     on_pairs = dict(init_from=sft, data__train=pairs["train"], data__valid=pairs["valid"])
     task.reward_accuracy(pairs, task.train("rm", **on_pairs))
     on_prompts = dict(init_from=sft, data__train=task.files["rl"], data__valid=task.files["valid"],
-                      sampling__max_new_tokens=NEW_TOKENS[task.name])  # fmt: skip
+                      sampling__max_new_tokens=NEW_TOKENS[task.name])
     rewards = {
         "dpo": on_pairs,
         "ppo": {**on_prompts, "reward_from": rm},

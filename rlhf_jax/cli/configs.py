@@ -109,4 +109,5 @@ def _check_one(config: ConfigDict, name: str, value: str | None) -> None:
         elif isinstance(node, int | float):
             type(node)(value)
     except ValueError:
-        raise UserError(f"{name} = {value!r}: must be {'an' if isinstance(node, int) and not isinstance(node, bool) else 'a'} {type(node).__name__}, like {node!r}") from None
+        kind = type(node).__name__
+        raise UserError(f"{name} = {value!r}: must be {'an' if kind == 'int' else 'a'} {kind}, like {node!r}") from None

@@ -87,19 +87,19 @@ def _policy(source: Any) -> dict[str, Any]:
     baseline = Policy(load_source(options.baseline, "--baseline"), "--baseline") if options.baseline else policy
     if baseline.source.tokenizer.digest != source.tokenizer.digest:
         raise UserError(f"--baseline = {options.baseline!r} reads another tokenizer than --checkpoint: seq_kl would compare different tokens")
-    sets = [
+    one_each, several = (
         data.open_dataset(
             "prompt", options.data, source.tokenizer, template=source.template, max_length=policy.config.context,
             prompt_length=policy.config.context - options.max_new_tokens, batch_size=max(options.batch_size // group, 1) * group,
             group_size=group, cache=default_cache(),
-        )  # fmt: skip
+        )
         for group in (1, options.samples)
-    ]
+    )
     worth = _gold(options.gold) if options.gold else _judge(options.judge)
 
     def evaluated(one: Policy) -> compare.Evaluation:
-        return compare.evaluate(one, baseline, *sets, worth, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-                                seed=options.seed)  # fmt: skip
+        return compare.evaluate(one, baseline, one_each, several, worth, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                                seed=options.seed)
 
     ours = evaluated(policy)
     row = compare.row(ours, evaluated(baseline) if options.baseline else None, seed=options.seed)
@@ -125,7 +125,7 @@ def _judge(path: str) -> Callable[[str, str], float]:
 
     model = RewardModel(load_source(path, "--judge"), "--judge")
     encoder = Encoder(model.source.tokenizer, model.source.chat_template(), max_length=model.config.context, prompt_length=None,
-                      overlong="truncate")  # fmt: skip
+                      overlong="truncate")
     score = RetokenisedReward(encoder, model.row_scores, bucket=32)
     return lambda prompt, response: float(score([[{"role": "user", "content": prompt}]], [response], [True])[0])
 
@@ -141,7 +141,7 @@ def _reward_model(source: Any) -> dict[str, Any]:
 
     model = RewardModel(source, "--checkpoint")
     pairs = data.open_dataset("preference", flags.FLAGS.data, source.tokenizer, template=source.template, max_length=model.config.context,
-                              overlong="truncate", batch_size=flags.FLAGS.batch_size, cache=default_cache())  # fmt: skip
+                              overlong="truncate", batch_size=flags.FLAGS.batch_size, cache=default_cache())
     scores, lengths = [], []
     for batch in pairs.eval_batches():
         scores.append(model.scores(batch)[batch.real])
@@ -153,4 +153,4 @@ def _reward_model(source: Any) -> dict[str, Any]:
     return {
         "pairs": len(score), "accuracy": preference.accuracy(*score.T), "length_baseline": rule.accuracy, "length_rule": rule.rule,
         **{f"accuracy, {name} tokens": [value, count] for name, (value, count) in by_length.items()},
-    }  # fmt: skip
+    }

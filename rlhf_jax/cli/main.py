@@ -74,6 +74,8 @@ def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | N
     from rlhf_jax.errors import UserError
 
     logging.set_verbosity(logging.WARNING)
+    if os.getcwd() not in sys.path:  # a user's objectives, rewards and config helpers lie where the command is run
+        sys.path.append(os.getcwd())
     try:
         check_overrides(arguments)
         rest = _parse(name, arguments)

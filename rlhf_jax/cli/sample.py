@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 
@@ -66,21 +67,21 @@ def main() -> int:
             path = str(pathlib.Path(folder) / "prompt.jsonl")
             pathlib.Path(path).write_text(json.dumps({"prompt": options.prompt}) + "\n", encoding="utf-8")
         source = policy.source
-        prompts = data.open_dataset(
+        prompts: Any = data.open_dataset(
             "prompt", path, source.tokenizer, template=source.template, max_length=policy.config.context, prompt_length=slots,
             batch_size=max(options.batch_size // options.n, 1) * options.n, group_size=options.n, cache=folder,
-        )  # fmt: skip
-        rows = []
+        )
+        rows: list[dict[str, Any]] = []
         for batch in prompts.eval_batches():
             rolled = policy.generate(
                 batch, seed=options.seed, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p,
-            )  # fmt: skip
-            for row, text in enumerate(responses(rolled, source.tokenizer)):
-                if batch.real[row]:
-                    prompt_id = int(batch.prompt_ids[row])
+            )
+            for at, text in enumerate(responses(rolled, source.tokenizer)):
+                if batch.real[at]:
+                    prompt_id = int(batch.prompt_ids[at])
                     rows.append({"prompt": list(prompts.messages(prompt_id)), "response": text, "prompt_id": prompt_id,
-                                 "sample_id": int(batch.sample_ids[row]), "truncated": bool(rolled.truncated[row])})  # fmt: skip
+                                 "sample_id": int(batch.sample_ids[at]), "truncated": bool(rolled.truncated[at])})
     if options.output:
         write_whole(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(rows)} completions in {options.output}")

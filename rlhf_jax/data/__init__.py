@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError, nearest
 __all__ = [
     "ChatTemplate", "ComparisonData", "Dataset", "Prefetcher", "PromptData", "SequenceData", "Tokenizer", "default_cache", "open_dataset",
     "sample_file", "train_tokenizer",
-]  # fmt: skip
+]
 
 
 def open_dataset(

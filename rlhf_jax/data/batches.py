@@ -200,7 +200,7 @@ class ComparisonData(Dataset[Comparisons]):
         flat = [[(row[f"{name}_tokens"], row[f"{name}_mask"])] if row else [] for row in rows for name in ("chosen", "rejected")]
         seqs = _sequences(flat, self.max_length, self.loss_slots, self.pad_id)
         leaves = {name: leaf.reshape(len(packs), 2, -1) for name, leaf in vars(seqs).items() if leaf is not None}
-        margin = np.array([row["margin"] if row else 0.0 for row in rows], np.float32) if self.has_margins else None
+        margin: Any = np.array([row["margin"] if row else 0.0 for row in rows], np.float32) if self.has_margins else None
         return Comparisons(seqs=Sequences(**leaves), margin=margin)
 
 
@@ -251,9 +251,10 @@ class PromptData(Dataset[Prompts]):
             [self.prepared[int(i)]["tokens"] if i >= 0 else EMPTY for i in prompt_ids], self.prompt_length, self.pad_id
         )
         groups = np.repeat(np.arange(len(ids), dtype=np.int32), self.group_size)[mine]
-        return Prompts(
+        leaves: dict[str, Any] = dict(
             tokens=tokens, positions=positions, segment_ids=segments, prompt_ids=prompt_ids, sample_ids=samples[mine], group_ids=groups
         )
+        return Prompts(**leaves)
 
 
 def _loss_slots(prepared: Prepared, max_length: int) -> int | None:
@@ -278,7 +279,8 @@ def _sequences(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: 
         if heads is not None and at:
             visited = np.flatnonzero(mask[i] | (np.arange(length) == at - 1))  # the last token is where a reward model reads
             heads[i, : len(visited)] = visited
-    return Sequences(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask, loss_positions=heads)
+    leaves: dict[str, Any] = dict(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask, loss_positions=heads)
+    return Sequences(**leaves)
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

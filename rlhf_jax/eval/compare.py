@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(policy: Policy, reference: Policy, one: Any, several: Any, gold: Callable[[str, str], float], *, max_new_tokens: int,
-             temperature: float, seed: int) -> Evaluation:  # fmt: skip
+             temperature: float, seed: int) -> Evaluation:
     """Greedy and sampled completions of every prompt, with their gold; samples carry the sequence KL from `reference`.
 
     Args:
@@ -47,12 +47,12 @@ def evaluate(policy: Policy, reference: Policy, one: Any, several: Any, gold: Ca
     tokenizer = policy.source.tokenizer
     greedy = evaluate_generation(
         lambda prompts: policy.generate(prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=0.0), one, tokenizer, gold
-    )  # fmt: skip
+    )
     sampled = evaluate_generation(
         lambda prompts: policy.generate(prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature), several, tokenizer, gold,
         policy_logps=lambda seqs: policy.logps(seqs, temperature=temperature),
         ref_logps=lambda seqs: reference.logps(seqs, temperature=temperature),
-    )  # fmt: skip
+    )
     return Evaluation(greedy, sampled)
 
 
@@ -66,7 +66,7 @@ def row(ours: Evaluation, baseline: Evaluation | None, *, seed: int = 0) -> dict
     """
     sampled = summarise(ours.sampled)
     values: dict[str, Any] = {"win_vs_sft": None, "win_ci95": None, "seq_kl": sampled["seq_kl"], "length": sampled["length"],
-                              "truncated": sampled["truncated"]}  # fmt: skip
+                              "truncated": sampled["truncated"]}
     for name, records in (("gold_greedy", ours.greedy), ("gold_sample", ours.sampled)):
         mean, low, high = mean_ci(list(by_prompt(records, "gold").values()))
         values |= {name: mean, f"{name}_ci95": [low, high]}

@@ -59,15 +59,15 @@ class Policy:
         self.config, self.params = place(source, ("lm",), self.mesh)
 
     def generate(self, prompts: Prompts, *, seed: int, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0
-                 ) -> Rollout:  # fmt: skip
+                 ) -> Rollout:
         """One completion per row; temperature 0 is greedy. Other arguments as sampling.generate."""
         if prompts.tokens.shape[1] + max_new_tokens > self.config.context:
             raise UserError(f"prompt slots and new tokens make {prompts.tokens.shape[1]} + {max_new_tokens} tokens, more than the model's "
-                            f"context of {self.config.context}: lower max_new_tokens")  # fmt: skip
+                            f"context of {self.config.context}: lower max_new_tokens")
         tokenizer = self.source.tokenizer
         program = _generate(
             self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, (tokenizer.end_id,), tokenizer.pad_id
-        )  # fmt: skip
+        )
         return program(self.params, self._place(prompts), jax.random.key(seed))
 
     def logps(self, seqs: Sequences, *, temperature: float) -> Array:
@@ -101,14 +101,14 @@ class RewardModel:
 
 @functools.lru_cache
 def _generate(config: ModelConfig, mesh: Mesh, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-              stop_ids: tuple[int, ...], pad_id: int) -> Any:  # fmt: skip
+              stop_ids: tuple[int, ...], pad_id: int) -> Any:
     def run(params: PyTree, prompts: Prompts, key: Array) -> Rollout:
         chex.assert_rank(prompts.tokens, 2)
         nets = Networks({"policy": params}, {}, NetworkSpec(policy=config))
         return sampling.generate(
             nets, prompts, key, iteration=0, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             stop_ids=stop_ids, pad_id=pad_id,
-        )  # fmt: skip
+        )
 
     return sharding.jit(run, mesh)
 

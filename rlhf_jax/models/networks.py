@@ -68,7 +68,7 @@ class Networks(struct.PyTreeNode):
         return name in self.params or name in self.frozen or name in self.frozen.get("base", {})
 
     def policy(self, seqs: Sequences, keys: Array | None = None, want: Want = (vocab.logps,), along: Mapping[str, Array] | None = None
-               ) -> Any:  # fmt: skip
+               ) -> Any:
         """The policy's reading of `seqs`; with "values" in `want`, also the critic's.
 
         Args:
@@ -172,7 +172,7 @@ def _config(config: ModelConfig | None, name: str) -> ModelConfig:
 
 
 def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float
-             ) -> dict[str, Array]:  # fmt: skip
+             ) -> dict[str, Array]:
     """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
     hidden = transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys)
     starts = masking.segment_starts(seqs.segment_ids)
@@ -196,7 +196,7 @@ def _shift(x: Array) -> Array:
 
 
 def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, starts: Array, functions: tuple[VocabFunction, ...],
-          along: Mapping[str, Array], temperature: float) -> dict[str, Array]:  # fmt: skip
+          along: Mapping[str, Array], temperature: float) -> dict[str, Array]:
     """The functions of the logits at `loss_positions` (everywhere if None), scattered back to [B, T], zero elsewhere."""
     at = seqs.loss_positions
     if at is None:
@@ -214,7 +214,7 @@ def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, s
 
 
 def _chunked(config: ModelConfig, params: PyTree, hidden: Array, target: Array, extra: Mapping[str, Array],
-             functions: tuple[VocabFunction, ...], temperature: float) -> dict[str, Array]:  # fmt: skip
+             functions: tuple[VocabFunction, ...], temperature: float) -> dict[str, Array]:
     """`functions` of the logits, [B, R] each, `logits_chunk` positions at a time and recomputed in the backward pass."""
 
     def evaluate(chunk: Any) -> dict[str, Array]:

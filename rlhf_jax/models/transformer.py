@@ -161,7 +161,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, cos: Array, sin: Array, mask: Array, keys: Array | None = None, index: Array | int = 0,
         cache: Cache | None = None, slot: Array | int = 0,
-    ) -> tuple[Array, Cache | None]:  # fmt: skip
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         dtypes: dict[str, Any] = dict(dtype=jnp.dtype(c.compute_dtype), param_dtype=jnp.dtype(c.param_dtype))
         norm = functools.partial(RMSNorm, c.norm_eps, jnp.dtype(c.param_dtype))
@@ -265,7 +265,7 @@ def logical_axes(config: ModelConfig) -> PyTree:
 
 
 def _layers(config: ModelConfig, params: PyTree, x: Array, cos: Array, sin: Array, mask: Array, keys: Array | None,
-            cache: Cache | None, slot: Array | int) -> tuple[Array, Cache | None]:  # fmt: skip
+            cache: Cache | None, slot: Array | int) -> tuple[Array, Cache | None]:
     """The stack of blocks, unrolled or scanned; the cache goes along as scan inputs and outputs."""
 
     def apply(x: Array, layer: PyTree, index: Array | int, cache: Cache | None) -> tuple[Array, Cache | None]:
@@ -342,7 +342,7 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 
 def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, mask: Array, cache: Cache, slot: Array | int
-           ) -> tuple[Array, Cache]:  # fmt: skip
+           ) -> tuple[Array, Cache]:
     """Hidden states of `tokens`, written into the cache's slots `slot…slot+T`; the rest as `trunk`.
 
     Args:

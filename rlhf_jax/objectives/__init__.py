@@ -65,7 +65,7 @@ def load(name: str) -> ModuleType:
         module = importlib.import_module(f"{__name__}.{name}")
     else:
         raise UserError(f"config.objective.name is {name!r}, which is no objective{nearest(name, names())}; "
-                        "a module of your own is named by its dotted path")  # fmt: skip
+                        "a module of your own is named by its dotted path")
     if not callable(getattr(module, "loss", None)):
         raise UserError(f"config.objective.name is {name!r}, a module without a function `loss(nets, batch, keys, *, …)`")
     return module
@@ -106,7 +106,7 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         init_carry=bound("init_carry", lambda nets: {}),
         prepare=bound("prepare", lambda nets, batch, carry, key: (batch, carry, {})),
         loss=bound("loss", functions["loss"]),
-    )  # fmt: skip
+    )
 
 
 def _import_path(path: str) -> ModuleType:
@@ -121,7 +121,7 @@ def _import_path(path: str) -> ModuleType:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise
         raise UserError(f"config.objective.name is {path!r}, but there is no module {error.name!r} on the Python path "
-                        f"or below {here}") from error  # fmt: skip
+                        f"or below {here}") from error
     finally:
         if added:
             sys.path.remove(here)
@@ -133,7 +133,7 @@ def _keywords(name: str, kind: str, function: Callable[..., Any]) -> tuple[str, 
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     if positional != POSITIONAL[kind] or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise UserError(f"objective {name}: {kind} takes ({', '.join(positional)}, …), but it must take "
-                        f"({', '.join(POSITIONAL[kind])}, *, hyper-parameters)")  # fmt: skip
+                        f"({', '.join(POSITIONAL[kind])}, *, hyper-parameters)")
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     for parameter in keywords:
         if parameter.default is not parameter.empty:

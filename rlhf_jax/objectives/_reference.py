@@ -20,6 +20,6 @@ def reference_logps(seqs: Sequences, objective: str) -> Array:
     """
     if seqs.ref_logps is None:
         raise UserError(f"objective {objective} needs the reference's log-probs: set config.reference_from to a checkpoint, "
-                        "or store ref_logps in the data")  # fmt: skip
+                        "or store ref_logps in the data")
     chex.assert_equal_shape([seqs.ref_logps, seqs.tokens])
     return seqs.ref_logps

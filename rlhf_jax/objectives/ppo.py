@@ -97,7 +97,7 @@ def init_carry(nets: Any, *, kl_coef: float) -> PyTree:
 def prepare(
     nets: Any, batch: Rollout, carry: PyTree, key: Array, *, kl_coef: float, kl_target: float, kl_horizon: float, gamma: float, lam: float,
     missing_eos_penalty: float, reward_scale: float, reward_clip: float, whiten_rewards: bool,
-) -> tuple[Rollout, PyTree, dict[str, Mean]]:  # fmt: skip
+) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     mask = loss_tokens(batch.seqs)
     out = nets.policy(batch.seqs, want=(vocab.logps, "values"))  # actor and critic in one pass
     ref_logps = reference_logps(batch.seqs, "ppo") if kl_coef else out.logps
@@ -119,7 +119,7 @@ def prepare(
     advantages, returns = gae(rewards, out.values, mask, gamma=gamma, lam=lam)
     metrics["value/explained_variance"] = Mean.of(explained_variance(out.values, returns, mask))
     batch = batch.replace(old_logps=out.logps, values=out.values, rewards=rewards, returns=returns,
-                          advantages=whiten(advantages, mask, keep_mean=False))  # fmt: skip
+                          advantages=whiten(advantages, mask, keep_mean=False))
     kl_coef_next = updated_kl_coef(carry["kl_coef"], kl.compute(), kl.count, kl_target=kl_target, kl_horizon=kl_horizon)
     return batch, {"kl_coef": kl_coef_next}, metrics
 

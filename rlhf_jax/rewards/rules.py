@@ -26,4 +26,4 @@ def exact_match(prompts: Sequence[Any], responses: Sequence[str], references: Se
       references: `{"answer": str}` of each row, from the prompt file's `reference` field.
     """
     return [float(reference is not None and response.strip() == str(reference["answer"]).strip())
-            for response, reference in zip(responses, references, strict=True)]  # fmt: skip
+            for response, reference in zip(responses, references, strict=True)]

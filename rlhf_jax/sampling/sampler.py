@@ -55,7 +55,7 @@ def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: f
 def generate(
     nets: Any, prompts: Prompts, key: Array, *, iteration: Array | int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     stop_ids: tuple[int, ...], pad_id: int,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """Samples one completion per row.
 
     Args:
@@ -75,7 +75,7 @@ def generate(
     chex.assert_rank([prompts.tokens, prompts.prompt_ids], [2, 1])
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: sample at least one token")
-    batch, width = prompts.tokens.shape
+    width = prompts.tokens.shape[1]
     slots = width + max_new_tokens
     keys = row_keys(key, iteration, prompts.prompt_ids, prompts.sample_ids)
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)

@@ -72,7 +72,7 @@ def _tokenizer(config: Mapping[str, Any], init: Source | None) -> Tokenizer:
         tokenizer = data.train_tokenizer(config["data"]["kind"], config["data"]["train"], section["vocab_size"])
     if init is not None and init.tokenizer.digest != tokenizer.digest:
         raise UserError(f"config.tokenizer.kind = {section['kind']!r} is not the tokenizer that config.init_from = {init.path!r} was trained "
-                        "with: use kind = 'inherit'")  # fmt: skip
+                        "with: use kind = 'inherit'")
     return tokenizer
 
 
@@ -146,7 +146,7 @@ def split(params: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
 
 
 def _trained_networks(config: Mapping[str, Any], model: ModelConfig, init: Source | None, critic: Source | None
-                      ) -> tuple[dict[str, ModelConfig], dict[str, PyTree]]:  # fmt: skip
+                      ) -> tuple[dict[str, ModelConfig], dict[str, PyTree]]:
     """The trained networks' configurations by name, and the loaded parameters of those that start from a checkpoint."""
     configs, sources = {config["network"]: model}, {config["network"]: init}
     if config["data"]["kind"] == "prompt" and config["critic"]["kind"] == "separate":
@@ -171,13 +171,13 @@ def _state_shardings(mesh: Mesh, abstract: TrainState, params: PyTree, optimizer
     masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  Muon keeps no second moment of a matrix, Adam none of Muon's
     opt_state = optax.tree_map_params(
         optimizer, lambda x, s: x if masked(x) else s, abstract.opt_state, params, transform_non_params=lambda _: whole, is_leaf=masked
-    )  # fmt: skip
+    )
     rest = jax.tree.map(lambda _: whole, abstract.replace(params=None, opt_state=None))
     return rest.replace(params=params, opt_state=opt_state)
 
 
 def _frozen_networks(config: Mapping[str, Any], model: ModelConfig, reward: Source | None, reference: Source | None, mesh: Mesh
-                     ) -> tuple[PyTree, dict[str, ModelConfig]]:  # fmt: skip
+                     ) -> tuple[PyTree, dict[str, ModelConfig]]:
     """Networks that come whole from a checkpoint: {"reward": …, "ref": …} on their shardings, and their configurations."""
     trees: dict[str, PyTree] = {}
     configs: dict[str, ModelConfig] = {}
@@ -234,7 +234,7 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     per_pass = config["run"]["batch_size"] // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
-                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp do not divide")  # fmt: skip
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp do not divide")
 
     configs, loaded = _trained_networks(config, model, init, critic)
     frozen, frozen_configs = _frozen_networks(config, model, reward, reference, mesh)
@@ -245,14 +245,14 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     return Experiment(
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
         train_data=train_data, valid_data=valid_data, frozen=frozen, start=start, reward=reward,
-    )  # fmt: skip
+    )
 
 
 class Start:
     """The first state and the frozen leaves beside it, each made in one jit with its shardings."""
 
     def __init__(self, config: Mapping[str, Any], objective: Objective, spec: NetworkSpec, tx: optax.GradientTransformation,
-                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh) -> None:  # fmt: skip
+                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh) -> None:
         self.mesh, self.loaded, pattern = mesh, loaded, config["trainable"]
 
         def draw(loaded: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
@@ -264,7 +264,7 @@ class Start:
             return TrainState(
                 step=jnp.zeros((), jnp.int32), batch_index=jnp.zeros((), jnp.int32), params=trained, opt_state=tx.init(trained),
                 key=jax.random.key(config["seed"]), carry=carry,
-            )  # fmt: skip
+            )
 
         shapes = jax.eval_shape(functools.partial(_draw, configs), jax.random.key(0), loaded)
         axes = {name: transformer.logical_axes(network) for name, network in configs.items()}
@@ -298,7 +298,7 @@ def _datasets(config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[Any, Any
         data.open_dataset, section["kind"], tokenizer=tokenizer, template=section["template"], max_length=section["max_length"],
         prompt_length=section["prompt_length"], overlong=section["overlong"], cache=section["cache"] or data.default_cache(),
         batch_size=config["run"]["batch_size"], host=distributed.host(),
-    )  # fmt: skip
+    )
     group = config["sampling"]["group_size"] if section["kind"] == "prompt" else 1
     train = open_one(path=section["train"], pack=section["pack"], group_size=group)
     valid = open_one(path=section["valid"], pack=False, group_size=1) if section["valid"] else None

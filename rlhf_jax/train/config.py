@@ -52,16 +52,16 @@ SCHEMA: dict[str, Any] = {
     "data": {
         "kind": ("demo", "text", "preference", "prompt"), "train": str, "valid": str, "template": str, "max_length": NATURAL,
         "prompt_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"), "cache": str,
-    },  # fmt: skip
+    },
     "run": {
         "steps": COUNT, "data_epochs": Number(float, 0.0), "batch_size": NATURAL, "microbatches": NATURAL, "epochs": NATURAL,
         "minibatches": NATURAL, "max_nonfinite": NATURAL,
-    },  # fmt: skip
+    },
     "optimizer": {
         "name": optimizer.OPTIMIZERS, "lr": Number(float, 0.0, above=True), "schedule": optimizer.SCHEDULES, "warmup_steps": COUNT,
         "end_lr_ratio": RATIO, "b1": RATIO, "b2": RATIO, "eps": Number(float, 0.0, above=True), "muon_beta": RATIO,
         "weight_decay": Number(float, 0.0), "clip_norm": Number(float, 0.0), "ema_decay": RATIO, "moment_dtype": ("float32", "bfloat16"),
-    },  # fmt: skip
+    },
     "validation": {"every": COUNT, "batches": COUNT, "metric": str, "mode": ("min", "max"), "patience": COUNT},
     "checkpoint": {"every": COUNT, "keep": NATURAL},
     "mesh": {"data": int, "fsdp": int, "tensor": int, "devices": COUNT, "multihost": bool},
@@ -77,7 +77,7 @@ ONLINE: dict[str, Any] = {
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
         "top_p": Number(float, 0.0, 1.0, above=True),
-    },  # fmt: skip
+    },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
 KINDS = {Sequences: ("demo", "text"), Comparisons: ("preference",), Rollout: ("prompt",)}
@@ -141,7 +141,7 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
     if kinds is None:
         names = ", ".join(t.__name__ for t in KINDS)
         raise UserError(f"config.objective.name = {objective.name!r} trains on {objective.batch_type.__name__}, which no data kind fills: "
-                        f"annotate its batch with one of {names}")  # fmt: skip
+                        f"annotate its batch with one of {names}")
     if values["data"].get("kind") not in kinds:
         raise UserError(f"config.data.kind = {values['data'].get('kind')!r}: {objective.name} trains on {' or '.join(kinds)} data")
     online = objective.batch_type is Rollout
@@ -163,11 +163,11 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
     parts = run["microbatches"] * run["minibatches"]
     if run["batch_size"] % parts:
         raise UserError(f"config.run.batch_size = {run['batch_size']} does not divide into minibatches × microbatches = {parts}: "
-                        "choose a multiple")  # fmt: skip
+                        "choose a multiple")
     sizes = [c["mesh"]["data"], c["mesh"]["fsdp"]]
     if min(sizes) > 0 and (run["batch_size"] // parts) % (sizes[0] * sizes[1]):
         raise UserError(f"config.run.batch_size = {run['batch_size']} gives {run['batch_size'] // parts} rows a microbatch, which the "
-                        f"{sizes[0] * sizes[1]} devices of config.mesh.data × fsdp do not divide")  # fmt: skip
+                        f"{sizes[0] * sizes[1]} devices of config.mesh.data × fsdp do not divide")
     if c["network"] == "reward" and online:
         raise UserError("config.network = 'reward': a reward model trains on preference data, not on prompts")
     if c["validation"]["every"] and not data["valid"]:
@@ -183,10 +183,10 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
     sampling = c["sampling"]
     if run["batch_size"] % sampling["group_size"]:
         raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
-                        f"config.sampling.group_size = {sampling['group_size']}")  # fmt: skip
+                        f"config.sampling.group_size = {sampling['group_size']}")
     if data["prompt_length"] + sampling["max_new_tokens"] > model.context:
         raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {data['prompt_length']} + "
-                        f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")  # fmt: skip
+                        f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")
     if model.dropout > 0:
         raise UserError(f"config.model.dropout = {model.dropout}: set it to 0 in online RL, or the first policy ratio is not 1")
     if bool(c["reward_from"]) == bool(c["reward_fn"]):

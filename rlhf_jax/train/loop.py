@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from rlhf_jax import checkpoint, distributed, sharding
@@ -62,7 +63,7 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
     _refuse(exp, programs)
     _write_start(folder, exp)
     with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
-                                 keep=checked["checkpoint"]["keep"]) as saver:  # fmt: skip
+                                 keep=checked["checkpoint"]["keep"]) as saver:
         state, start = restore(exp, saver)
         run_log.cut_back(folder, start)
         _cut_samples(folder, start)
@@ -102,10 +103,11 @@ class _Run:
         self.exp, self.programs, self.folder, self.saver = exp, programs, folder, saver
         self.validation = exp.config["validation"]
         self.every = exp.config["checkpoint"]["every"]
-        self.history = [(line["step"], line[self.validation["metric"]]) for line in run_log.read_metrics(folder)
-                        if self.validation["metric"] in line]  # fmt: skip
+        # As float32, which the log's text stands for: values read back must equal those measured, or ties would break differently.
+        self.history = [(line["step"], float(np.float32(line[self.validation["metric"]]))) for line in run_log.read_metrics(folder)
+                        if self.validation["metric"] in line]
         self.samples: tuple[int, Rollout] | None = None
-        self.profile = profile
+        self.profile, self.tracing = profile, False
 
     def go(self, state: TrainState, start: int) -> Result:
         exp, log = self.exp, self.exp.config["log"]
@@ -118,7 +120,7 @@ class _Run:
             run_log.MetricsLog(self.folder, start_step=start, total_steps=exp.steps, every=log["every"],
                                tensorboard=log["tensorboard"], wandb=wandb, console=distributed.is_lead()) as self.log,
             Prefetcher(fetch, start, start if stopped == "early" else exp.steps, 2) as batches,
-        ):  # fmt: skip
+        ):
             for step, batch in enumerate(batches, start + 1):
                 with self._traced(step - start):
                     state, metrics, rolled = self.programs.advance(state, batch)
@@ -135,6 +137,7 @@ class _Run:
                 if self._exhausted():
                     stopped = "early"
                     break
+            self._end_trace()
             self._watch(self.log.flush())
             self._sample(step, None)
         return self._finish(state, step, stopped)
@@ -154,18 +157,23 @@ class _Run:
         """A profiler trace over a few steps after the first when asked for; no implicit host transfers in any step."""
         if self.profile and number == 2:
             jax.profiler.start_trace(str(self.folder / "profile"))
+            self.tracing = True
         with jax.transfer_guard_host_to_device("disallow") if number > 1 else contextlib.nullcontext():
             yield
-        if self.profile and number == 1 + PROFILED:
+        if self.tracing and number == 1 + PROFILED:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self.tracing:
             jax.profiler.stop_trace()
-            self.profile = False
+        self.profile = self.tracing = False
 
     def _watch(self, values: Mapping[str, float] | None) -> None:
         """Stops the run after too many non-finite updates in a row; the values are those of the write before."""
         limit = self.exp.config["run"]["max_nonfinite"]
         if values is not None and values.get("optimizer/nonfinite_run", 0.0) >= limit:
             raise UserError(f"config.run.max_nonfinite = {limit}: that many updates in a row had non-finite gradients and were skipped; "
-                            "lower config.optimizer.lr or look at the data; the last checkpoint is intact")  # fmt: skip
+                            "lower config.optimizer.lr or look at the data; the last checkpoint is intact")
 
     def _sample(self, step: int, rolled: Rollout | None) -> None:
         """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for."""

@@ -33,7 +33,7 @@ def make_rollout(spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tup
         return sampling.generate(
             Networks(params, frozen, spec), prompts, key, iteration=iteration, max_new_tokens=options["max_new_tokens"],
             temperature=spec.temperature, top_k=options["top_k"], top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id,
-        )  # fmt: skip
+        )
 
     return rollout
 

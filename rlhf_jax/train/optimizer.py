@@ -108,7 +108,7 @@ def build(config: Mapping[str, Any], total: int) -> tuple[optax.GradientTransfor
             ),
             optax.add_decayed_weights(-config["weight_decay"], mask=decays),
             optax.scale_by_schedule(rate),
-        )  # fmt: skip
+        )
     else:
         raise UserError(f"config.optimizer.name = {config['name']!r}: must be one of {', '.join(OPTIMIZERS)}")
     parts = [core]

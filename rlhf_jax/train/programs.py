@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +42,7 @@ class Programs:
         step = make_step(
             exp.objective, exp.spec, exp.optimizer, exp.rate, microbatches=run["microbatches"], epochs=run["epochs"],
             minibatches=run["minibatches"],
-        )  # fmt: skip
+        )
         self._traces = 0
         self._host_reward: Callable[[Rollout, Any], np.ndarray] | None = None  # (rollout, its prompt set) -> [B]
         jit_state = functools.partial(sharding.jit, mesh=exp.mesh, donate=(0,))
@@ -52,7 +51,7 @@ class Programs:
         else:
             self.rollout = online.make_rollout(
                 exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
-            )  # fmt: skip
+            )
             self._rollout = sharding.jit(self.rollout, exp.mesh)
             self.score = self._reward()
             if self._fused:
@@ -136,7 +135,7 @@ class Programs:
         if exp.config["reward_normalise"]:
             if "reward_mean" not in exp.reward.meta:
                 raise UserError(f"config.reward_normalise is on, but config.reward_from = {exp.reward.path!r} stores no reward_mean and "
-                                "reward_std: train it with a validation file, or switch it off")  # fmt: skip
+                                "reward_std: train it with a validation file, or switch it off")
             mean, std = float(exp.reward.meta["reward_mean"]), float(exp.reward.meta["reward_std"])
         if exp.reward.tokenizer.digest == exp.tokenizer.digest and exp.reward.chat_template().digest == exp.template.digest:
             return online.make_score(exp.spec, mean, std)
@@ -155,7 +154,7 @@ class Programs:
         jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
         encoder = Encoder(
             exp.reward.tokenizer, exp.reward.chat_template(), max_length=exp.spec.reward.context, prompt_length=None, overlong="truncate"
-        )  # fmt: skip
+        )
         return host_rewards.RetokenisedReward(encoder, lambda seqs: jitted(distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
 
     # --- validation ---
@@ -183,7 +182,7 @@ class Programs:
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
             found = self._validate_online(state, placed) if self.exp.online else self._validate(
                 state.params, state.opt_state, state.carry, self.exp.frozen, state.key, placed
-            )  # fmt: skip
+            )
             total = {name: total[name].merge(mean) if name in total else mean for name, mean in found.items()}
         return {f"eval/{name}": mean for name, mean in total.items()}
 
@@ -243,17 +242,18 @@ def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | Non
       prompts: the set that the rollout's prompt ids belong to.
       limit: first rows only.
     """
-    tokens, mask, ids, truncated, real = (
+    tokens, segments, mask, ids, truncated = (
         np.asarray(jax.device_get(x))[:limit]
-        for x in (rolled.seqs.tokens, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated, rolled.real)
+        for x in (rolled.seqs.tokens, rolled.seqs.segment_ids, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
     )
+    real = (segments != 0).any(-1)  # on the host: the loop's transfer guard forbids eager arithmetic on the device
     return [
         {
             "prompt_id": int(ids[b]), "messages": list(prompts.messages(int(ids[b]))) if real[b] else None, "ended": not bool(truncated[b]),
             "response": exp.tokenizer.decode(tokens[b][mask[b]]),
         }
         for b in range(len(ids))
-    ]  # fmt: skip
+    ]
 
 
 def _call_reward(exp: Experiment, function: Any, rolled: Rollout, prompts: Any) -> np.ndarray:
@@ -263,7 +263,7 @@ def _call_reward(exp: Experiment, function: Any, rolled: Rollout, prompts: Any) 
     scores = np.zeros(len(rows), np.float32)
     scores[[row["messages"] is not None for row in rows]] = host_rewards.call_reward_fn(
         function, [row["messages"] for row in real], [row["response"] for row in real], [prompts.reference(row["prompt_id"]) for row in real]
-    )  # fmt: skip
+    )
     return scores
 
 

@@ -105,7 +105,7 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
 def make_step(
     objective: Any, spec: NetworkSpec, optimizer: optax.GradientTransformation, rate: Callable[[Array], Array], *, microbatches: int,
     epochs: int, minibatches: int,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:  # fmt: skip
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
     """The train step of an objective, a pure function to be jitted with its shardings (sharding.jit).
 
     Args:

@@ -58,7 +58,7 @@ def test_dpo(case, beta):
 
 @pytest.mark.parametrize("case, margin, center_coef", [
     ("plain", 0, 0.0), ("margin", 1, 0.0), ("center0.01", 0, 0.01), ("margin_center0.5", 1, 0.5),
-])  # fmt: skip
+])
 def test_reward(case, margin, center_coef):
     v = vectors("reward")
 
@@ -112,7 +112,7 @@ def test_group_advantages():
 
 @pytest.mark.parametrize("case, clip, value_clip, value_coef", [
     ("default", 0.2, 0.2, 0.1), ("wide", 10.0, 10.0, 0.5), ("tight", 0.05, 0.05, 1.0),
-])  # fmt: skip
+])
 def test_ppo_loss(case, clip, value_clip, value_coef):
     v = vectors("old_ppo_loss")
     mask, value_mask = ~v["padding_mask"], ~v["padding_mask_p1"]

@@ -41,7 +41,7 @@ def test_without_generation_blocks_prefix_differences_are_used():
     marked = CHATML.replace("{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}",
         "{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
         "{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\\n' }}",
-    )  # fmt: skip
+    )
     assert spoken(ChatTemplate(CHATML), TURNS) == spoken(ChatTemplate(marked), TURNS)
     assert spoken(ChatTemplate(CHATML), TURNS)[1] == ["r<|end|>", "<|end|>"]
 

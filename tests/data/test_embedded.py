@@ -35,7 +35,7 @@ def test_splits_are_disjoint_by_content_and_full(task, tmp_path):
     paths = write_task(task, tmp_path, seed=1)
     assert {k: pathlib.Path(p).name for k, p in paths.items()} == {
         "sft": "sft.jsonl", "rm": "rm_prompts.jsonl", "rl": "rl_prompts.jsonl", "valid": "valid_prompts.jsonl", "test": "test_prompts.jsonl"
-    }  # fmt: skip
+    }
     seen = set()
     for split, size in SIZES[task].items():
         contents = {content(task, question) for question in questions(paths, split)}

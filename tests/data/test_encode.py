@@ -58,7 +58,7 @@ def test_a_token_over_the_border_counts_with_its_response():
     bpe = Tokenizer.train_bpe(["A: yes A: yes"] * 20, 300)
     source = "<|bos|>{% for m in messages %}{{ 'U: ' if m.role == 'user' else 'A:' }}{% if m.role == 'assistant' %}{% generation %}" \
         "{{ ' ' + m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}" \
-        "{% if add_generation_prompt %}A:{% endif %}"  # fmt: skip
+        "{% if add_generation_prompt %}A:{% endif %}"
     (row,) = encoder(bpe, template=ChatTemplate(source))(Demo(messages=(u("q"), a("yes")), context=1, **PLACE))
     assert bpe.decode(row["tokens"][row["loss_mask"]], skip_special=False) == " yes<|end|>"
     odd = ChatTemplate(source.replace("'A:'", "'A: '").replace("' ' + ", "").replace("%}A:{%", "%}A: {%"))

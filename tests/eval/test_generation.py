@@ -65,7 +65,7 @@ def generate(prompts, responses=RESPONSES):
     return Rollout(
         seqs=seqs, sampler_logps=jnp.zeros(segments.shape), prompt_ids=prompts.prompt_ids, sample_ids=prompts.sample_ids,
         group_ids=prompts.group_ids, truncated=truncated, version=jnp.zeros(rows, jnp.int32),
-    )  # fmt: skip
+    )
 
 
 def gold(prompt, response):

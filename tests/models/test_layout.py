@@ -15,11 +15,11 @@ from tests.models import tiny
 
 UNROLLED, SCANNED = tiny.BASE, tiny.config(scan_layers=True)
 OPTIMIZER = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "muon_beta": 0.95,
-             "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.9, "moment_dtype": "float32"}  # fmt: skip
+             "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.9, "moment_dtype": "float32"}
 
 
 def test_init_draws_the_same_parameters_in_both_layouts():
-    unrolled, scanned = (jax.jit(transformer.init, static_argnums=0)(c, jax.random.key(3)) for c in (UNROLLED, SCANNED))
+    unrolled, scanned = (tiny.jit(transformer.init, static_argnums=0)(c, jax.random.key(3)) for c in (UNROLLED, SCANNED))
     assert set(unrolled["layers"]) == {"0", "1"} and set(scanned["layers"]) == {"scan"}
     tiny.close(layout.to_canonical(scanned), unrolled, rtol=0, atol=0)
 
@@ -40,7 +40,7 @@ def test_layers_are_stacked_in_the_order_of_numbers_not_of_strings():
     assert layout.to_canonical({"layers": {"scan": {"w": stacked}}})["layers"]["10"]["w"][0] == 10
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def loss_and_gradient(config, params, seqs, keys=None):
     return jax.value_and_grad(lambda p: -tiny.nets(config).replace(params={"policy": p}).policy(seqs, keys).logps.sum())(params)
 
@@ -76,9 +76,9 @@ def test_an_optimizers_state_has_one_layout_too(name, chosen):
         if chosen == "all":
             return tree
         return {"ends": {"norm": tree["ends"]["norm"]}, "layers": {n: {k: x for k, x in layer.items() if "norm" in k}
-                                                                    for n, layer in tree["layers"].items()}}  # fmt: skip
+                                                                    for n, layer in tree["layers"].items()}}
 
-    @jax.jit
+    @tiny.jit
     def update(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state

@@ -19,22 +19,22 @@ BASE, V = tiny.BASE, tiny.V
 WANT = (vocab.logps, vocab.entropy, vocab.lse)
 
 
-@functools.partial(jax.jit, static_argnames="want")
+@functools.partial(tiny.jit, static_argnames="want")
 def read(nets, seqs, keys=None, want=WANT, along=None):
     return vars(nets.policy(seqs, keys, want, along))
 
 
-@jax.jit
+@tiny.jit
 def reference(nets, seqs):
     return nets.ref(seqs).logps
 
 
-@jax.jit
+@tiny.jit
 def scores(nets, seqs):
     return nets.reward(seqs).scores
 
 
-@functools.partial(jax.jit, static_argnames="want")
+@functools.partial(tiny.jit, static_argnames="want")
 def weighed(nets, seqs, keys=None, want=WANT):
     """The gradient of a sum that weighs every entry differently."""
 
@@ -118,7 +118,7 @@ def test_loss_positions_give_what_the_whole_row_gives_there():
     def gradient(seqs):
         return jax.grad(lambda p: (nets.replace(params=p).policy(seqs).logps * chosen).sum())(nets.params)
 
-    tiny.near(jax.jit(gradient)(sparse), jax.jit(gradient)(seqs))
+    tiny.near(tiny.jit(gradient)(sparse), tiny.jit(gradient)(seqs))
 
 
 @pytest.mark.parametrize(("chunk", "sparse"), [(1, False), (4, False), (100, False), (2, True)])
@@ -234,7 +234,7 @@ def test_the_reference_shares_the_frozen_base_and_gets_no_gradient():
     nets = Networks({"policy": trained}, {"base": {"policy": base}, "ref": before}, NetworkSpec(policy=BASE))
     expected = tiny.nets().replace(params={"policy": networks.merge(before, base)})
     tiny.close(reference(nets, seqs), read(expected, seqs)["logps"], atol=1e-6)
-    slopes = jax.jit(jax.grad(lambda f: nets.replace(frozen=f).ref(seqs).logps.sum()))(nets.frozen)
+    slopes = tiny.jit(jax.grad(lambda f: nets.replace(frozen=f).ref(seqs).logps.sum()))(nets.frozen)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(slopes))
 
 
@@ -261,7 +261,7 @@ def test_values_come_from_the_shared_trunk_or_from_a_separate_critic():
     tiny.close(read(critic, seqs, want=want)["values"], read(tiny.nets(alone, seed=5), seqs, want=("values",))["values"], atol=1e-6)
 
     def slopes(nets):
-        return jax.jit(jax.grad(lambda p: nets.replace(params=p).policy(seqs, want=("values",)).values.sum()))(nets.params)
+        return tiny.jit(jax.grad(lambda p: nets.replace(params=p).policy(seqs, want=("values",)).values.sum()))(nets.params)
 
     apart = slopes(critic)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(apart["policy"]))

@@ -17,7 +17,7 @@ from tests.reference import transformer as reference
 BASE, V = tiny.BASE, tiny.V
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def init(config):
     return transformer.init(config, jax.random.key(0))
 
@@ -87,7 +87,7 @@ def packed_and_apart() -> tuple[Sequences, Sequences]:
     together = tiny.row(tokens, lengths=(5, 7))
     apart = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b]), tiny.row(tokens[:5], right=7), tiny.row(tokens[5:], left=5)
-    )  # fmt: skip
+    )
     return together, apart
 
 
@@ -97,7 +97,7 @@ def test_a_packed_row_has_the_logits_loss_and_gradient_of_its_segments():
     tiny.close(packed[0, :5], single[0, :5], atol=2e-6)
     tiny.close(packed[0, 5:], single[1, 5:], atol=2e-6)
 
-    @jax.jit
+    @tiny.jit
     def loss(params, seqs):
         logps = tiny.nets().replace(params={"policy": params}).policy(seqs).logps
         return -logps.sum()
@@ -122,7 +122,7 @@ def test_no_logit_depends_on_a_later_token_on_padding_or_on_another_segment():
     seqs = seqs.replace(tokens=jnp.asarray([[15, *range(8), 16]], jnp.int32))  # each slot has a table row of its own
     params = tiny.params()
 
-    @jax.jit
+    @tiny.jit
     def influence(params):
         def one(t):
             def read(table_rows):
@@ -154,7 +154,7 @@ def test_a_query_that_may_see_nothing_is_finite_with_a_finite_gradient():
 # --- recomputation and precision ---
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(tiny.jit, static_argnums=0)
 def nll(config, params, seqs):
     return -tiny.nets(config).replace(params={"policy": params}).policy(seqs).logps.sum()
 

@@ -14,10 +14,12 @@ from rlhf_jax.models import ModelConfig, Networks, NetworkSpec, transformer
 from rlhf_jax.types import Array, PyTree, Sequences
 
 V = 17
+QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; the partitioner and every HLO pass run as ever
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 BASE = ModelConfig(
     vocab_size=V, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, context=64, rope_theta=100.0, norm_eps=1e-6, tied=False,
     dropout=0.0, param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
-)  # fmt: skip
+)
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -29,7 +31,7 @@ def config(**changes: Any) -> ModelConfig:
 def params(config: ModelConfig = BASE, seed: int = 0) -> PyTree:
     """Parameters drawn by `init`, then every leaf moved by noise: gains are not 1, biases and value heads not 0."""
     with jax.ensure_compile_time_eval():  # kept, also when first asked for under a trace
-        drawn = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
+        drawn = jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
         leaves, treedef = jax.tree.flatten(drawn)
         rng = np.random.default_rng(seed)
         return treedef.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
@@ -64,7 +66,7 @@ def rows(batch: int, length: int, *, seed: int = 0, branches: int = 0, vocabular
     return jax.tree.map(lambda x: x.reshape(batch, branches, length), whole) if branches else whole
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def logits(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None = None) -> Array:
     """[B, T, V], after each token."""
     return transformer.unembed(config, params, transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys))

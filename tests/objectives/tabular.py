@@ -117,7 +117,7 @@ def scored(seqs: Sequences, scores: Array, *, group: int) -> Rollout:
     index = jnp.arange(seqs.tokens.shape[0], dtype=jnp.int32)
     prompt_ids, false = index // group, jnp.zeros(index.shape, bool)
     return Rollout(seqs=seqs, sampler_logps=jnp.zeros(seqs.tokens.shape), prompt_ids=prompt_ids, sample_ids=index % group,
-                   group_ids=prompt_ids, truncated=false, version=jnp.zeros_like(index), scores=scores)  # fmt: skip
+                   group_ids=prompt_ids, truncated=false, version=jnp.zeros_like(index), scores=scores)
 
 
 def sample(fake: TabularNets, key: Array, rows: int, length: int) -> Sequences:

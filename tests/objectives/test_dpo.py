@@ -80,7 +80,7 @@ def test_overfit_the_margin_grows():
     lambda: _pairs.response_logps(jnp.ones((3, 2, 7)), tabular.sequences(np.random.default_rng(0), (3, 2, 8), V)),
     lambda: _pairs.reward_metrics(jnp.ones(2), jnp.ones(2), tabular.comparisons(np.random.default_rng(0), 3, 8, V)),
     lambda: _reference.reference_logps(tabular.sequences(np.random.default_rng(0), (3, 8), V).replace(ref_logps=jnp.ones((3, 1))), "dpo"),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

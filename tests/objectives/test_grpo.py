@@ -62,7 +62,7 @@ def test_a_group_without_variance_gives_no_gradient_and_is_counted():
 def test_the_counts_of_groups_leave_filler_out():
     rng = np.random.default_rng(1)
     batch = tabular.rollout(rng, 6, 8, V, group=3).replace(scores=jnp.array([1.0, 2.0, 3.0, 1.0, 1.0, 9.0]),
-                                                          truncated=jnp.zeros(6, bool))  # fmt: skip
+                                                          truncated=jnp.zeros(6, bool))
     filler = batch.seqs.replace(segment_ids=batch.seqs.segment_ids.at[5].set(0))
     _, _, metrics = tabular.prepare(bind(beta=0.0), tabular.nets(rng, V), batch.replace(seqs=filler))
     assert (float(metrics["rollout/zero_variance_groups"].total), float(metrics["rollout/zero_variance_groups"].count)) == (1.0, 2.0)
@@ -131,7 +131,7 @@ def test_overfit_the_score_rises():
     lambda: _rollouts.ratio_metrics(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool), clip_low=0.2, clip_high=0.2),
     lambda: _rollouts.rollout_metrics(tabular.rollout(np.random.default_rng(0), 2, 8, V), jnp.ones(3)),
     lambda: _rollouts.raw_scores(tabular.rollout(np.random.default_rng(0), 2, 8, V).replace(scores=jnp.ones(3))),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

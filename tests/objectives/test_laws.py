@@ -75,7 +75,7 @@ def scrambled(batch, seed=7):
     if isinstance(batch, Sequences):
         return seqs(batch)
     spoil = {f.name: getattr(batch, f.name).at[-1].set(1e6) for f in dataclasses.fields(batch)
-             if f.name in ("scores", "margin") and getattr(batch, f.name) is not None}  # fmt: skip
+             if f.name in ("scores", "margin") and getattr(batch, f.name) is not None}
     return batch.replace(seqs=seqs(batch.seqs), **spoil)
 
 
@@ -85,7 +85,7 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
     bound, fake, _ = case(name)
     make = {"Sequences": lambda: tabular.sequences(rng, (6, 8), V, filler=True),
             "Comparisons": lambda: tabular.comparisons(rng, 6, 8, V, filler=True, margin=True),
-            "Rollout": lambda: tabular.rollout(rng, 6, 8, V, filler=True)}[bound.batch_type.__name__]  # fmt: skip
+            "Rollout": lambda: tabular.rollout(rng, 6, 8, V, filler=True)}[bound.batch_type.__name__]
     clean = tabular.with_reference(fake, make())
     longer = jax.tree.map(lambda x: x[:-1], clean)  # the filler row taken away: rows 0–4 form the same groups
     results = []

@@ -56,7 +56,7 @@ def test_names_are_the_files_of_the_folder():
 
 
 @pytest.mark.parametrize("name, batch_type", [("sft", Sequences), ("lm", Sequences), ("reward", Comparisons), ("dpo", Comparisons),
-                                              ("ppo", Rollout), ("grpo", Rollout)])  # fmt: skip
+                                              ("ppo", Rollout), ("grpo", Rollout)])
 def test_bind_reads_the_batch_type_from_the_annotation(name, batch_type):
     bound = objectives.bind(CONFIGS[name])
     assert bound.name == name and bound.batch_type is batch_type
@@ -101,7 +101,7 @@ def test_a_module_of_the_users_own(module):
     ({"name": "dpo", "beta": None}, r"beta is None: it must be a float"),
     ({"name": "dpo", "beta": float("nan")}, r"beta is nan"),
     ({**PPO, "whiten_rewards": 1}, r"whiten_rewards is 1: it must be a bool"),
-])  # fmt: skip
+])
 def test_mistakes_are_one_clear_sentence(config, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         objectives.bind(config)
@@ -114,7 +114,7 @@ def test_mistakes_are_one_clear_sentence(config, sentence):
     ("def loss(nets, batch: dict, keys, *, beta=0.1): ...", "gives beta a default"),
     ("def loss(nets, batch: dict, keys, **rest): ...", "must take"),
     ("def loss(nets, batch: dict, keys): ...\ndef prepare(nets, batch, carry): ...", "prepare takes"),
-])  # fmt: skip
+])
 def test_a_module_that_breaks_the_protocol(module, text, sentence):
     with pytest.raises(UserError, match=sentence):
         objectives.bind({"name": module("broken", text)})
@@ -133,7 +133,7 @@ def test_annotations_that_only_a_type_checker_sees_do_no_harm(module):
         if TYPE_CHECKING:
             from somewhere import Nets
         def loss(nets: Nets, batch: Sequences, keys, *, beta: float, mode: str | None): ...
-    """)  # fmt: skip
+    """)
     bound = objectives.bind({"name": path, "beta": 1, "mode": None})
     assert bound.batch_type is Sequences
     with pytest.raises(UserError, match="beta is 'x'"):
@@ -150,5 +150,5 @@ def test_prepare_sees_the_batch_first_so_its_annotation_wins(module):
         def prepare(nets, batch: Rollout, carry, key):
             return Mine(rollout=batch), carry, {}
         def loss(nets, batch: Mine, keys): ...
-    """)  # fmt: skip
+    """)
     assert objectives.bind({"name": path}).batch_type is Rollout

@@ -25,7 +25,7 @@ def bind(**changes):
 
 @pytest.mark.parametrize("changes", [
     {}, {"whiten_rewards": False, "gamma": 1.0, "lam": 0.9}, {"reward_scale": 2.0, "reward_clip": 0.5, "missing_eos_penalty": 3.0},
-])  # fmt: skip
+])
 def test_prepare_and_loss_against_the_loops(changes):
     rng = np.random.default_rng(0)
     h, bound, old = {**PPO, **changes}, bind(**changes), tabular.nets(rng, V)
@@ -46,7 +46,7 @@ def test_prepare_and_loss_against_the_loops(changes):
     np.testing.assert_allclose(value, slow.ppo(new["policy"], new["critic"], numpy, fixed, h), rtol=1e-4, atol=1e-5)
     for name in ("policy", "critic"):
         f = lambda t, n=name: slow.ppo(**{"table": new["policy"], "critic": new["critic"]} | {{"policy": "table"}.get(n, n): t},  # noqa: E731
-                                       batch=numpy, fixed=fixed, h=h)  # fmt: skip
+                                       batch=numpy, fixed=fixed, h=h)
         np.testing.assert_allclose(slopes[name], gradient(f, new[name]), rtol=2e-3, atol=1e-4)
 
 
@@ -164,7 +164,7 @@ def test_overfit_the_score_rises_and_the_critic_learns():
     lambda: ppo.token_rewards(jnp.ones(2), jnp.ones((2, 3)), jnp.ones((2, 3), bool), jnp.ones(2)),
     lambda: ppo.updated_kl_coef(jnp.ones(1), jnp.float32(1.0), jnp.float32(1.0), kl_target=1.0, kl_horizon=1.0),
     lambda: ppo.explained_variance(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool)),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

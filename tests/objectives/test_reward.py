@@ -73,7 +73,7 @@ def test_overfit_the_accuracy_rises():
     lambda: reward.bradley_terry_loss(jnp.ones(3), jnp.ones(3), jnp.ones(1)),
     lambda: reward.bradley_terry_loss(jnp.ones((3, 1)), jnp.ones((3, 1)), jnp.ones((3, 1))),
     lambda: reward.centring_loss(jnp.ones(3), jnp.ones(1), center_coef=0.1),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

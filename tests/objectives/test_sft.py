@@ -33,7 +33,7 @@ def test_value_and_gradient(name, z_loss):
 def test_a_uniform_policy_costs_log_v_per_response_token_and_the_prompt_costs_nothing():
     tokens = jnp.array([[0, 1, 2, 3, 0]], jnp.int32)
     batch = Sequences(tokens=tokens, positions=jnp.arange(5)[None], segment_ids=jnp.array([[1, 1, 1, 1, 0]]),
-                      loss_mask=jnp.array([[False, False, True, True, True]]))  # fmt: skip
+                      loss_mask=jnp.array([[False, False, True, True, True]]))
     fake = tabular.TabularNets({"policy": jnp.zeros((V, V))}, {})
     terms, metrics = tabular.loss(objectives.bind({"name": "sft", "z_loss": 0.0}), fake, batch)
     assert metrics == {} and set(terms) == {"nll"} and float(terms["nll"].count) == 2

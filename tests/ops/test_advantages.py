@@ -72,7 +72,7 @@ def test_group_advantages_against_the_loop(seed):
 
 def test_group_statistics_by_hand():
     stats = group_statistics(jnp.array([1.0, 3.0, 5.0, 5.0, 7.0, 9.0]), jnp.array([0, 0, 2, 2, 3, 0]),
-                             jnp.array([True, True, True, True, True, False]))  # fmt: skip
+                             jnp.array([True, True, True, True, True, False]))
     np.testing.assert_array_equal(stats.count, [2, 0, 2, 1, 0, 0])
     np.testing.assert_allclose(stats.mean, [2.0, 0.0, 5.0, 7.0, 0.0, 0.0])
     np.testing.assert_allclose(stats.std, [2**0.5, 0.0, 0.0, 0.0, 0.0, 0.0], rtol=1e-6)
@@ -85,7 +85,7 @@ def test_group_statistics_by_hand():
     lambda: group_statistics(jnp.ones(3), jnp.zeros(1, jnp.int32), jnp.ones(3, bool)),
     lambda: group_statistics(jnp.ones(3), jnp.zeros(3), jnp.ones(3, bool)),
     lambda: group_advantages(jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.ones(1, bool), eps=1e-4),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

@@ -84,7 +84,7 @@ def test_removed_tokens_stay_removed_when_filters_are_chained():
     lambda: filters.top_p(jnp.ones((1, 3)), p=0.0),
     lambda: filters.top_p(jnp.ones((1, 3)), p=1.1),
     lambda: filters.temperature(jnp.ones((1, 3)), t=0.0),
-])  # fmt: skip
+])
 def test_settings_out_of_range_name_the_config_key(call):
     with pytest.raises(UserError, match=r"sampling\."):
         call()
@@ -94,7 +94,7 @@ def test_settings_out_of_range_name_the_config_key(call):
     lambda: filters.top_k(jnp.ones(3), k=1),
     lambda: filters.top_p(jnp.ones((1, 2, 3)), p=0.5),
     lambda: filters.temperature(jnp.ones(3), t=1.0),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

@@ -92,7 +92,7 @@ def test_padding_is_the_segment_id_and_never_the_token():
     lambda: masking.place_at_last(jnp.ones(2), jnp.ones((3, 4), bool)),
     lambda: masking.segment_starts(jnp.ones(3)),
     lambda: masking.loss_tokens(Sequences(tokens=SEGMENTS, positions=SEGMENTS, segment_ids=SEGMENTS, loss_mask=jnp.ones((3, 1), bool))),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

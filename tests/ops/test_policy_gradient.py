@@ -80,7 +80,7 @@ def test_value_clip_by_hand():
     lambda: pg.surrogate_is_clipped(jnp.ones((2, 3)), jnp.ones((3,)), **CLIP),
     lambda: pg.clipped_value_loss(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 1)), clip=0.2),
     lambda: pg.value_is_clipped(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3)), clip=0.2),
-])  # fmt: skip
+])
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()

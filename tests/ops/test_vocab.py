@@ -16,7 +16,7 @@ def test_values_against_the_loop(shape, jitted):
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=shape) * 5, rng.integers(0, shape[-1], shape[:-1])
     got = {f.__name__: (jax.jit(f) if jitted else f)(jnp.asarray(logits, jnp.float32), jnp.asarray(target))
-           for f in (vocab.logps, vocab.entropy, vocab.lse)}  # fmt: skip
+           for f in (vocab.logps, vocab.entropy, vocab.lse)}
     for index in np.ndindex(*shape[:-1]):
         log_p = maths.log_softmax(logits[index])
         np.testing.assert_allclose(got["logps"][index], log_p[target[index]], rtol=1e-4, atol=1e-5)

@@ -98,7 +98,7 @@ def ppo_prepare(table: np.ndarray, critic: np.ndarray, ref: np.ndarray, batch: A
     return {
         "old": old, "values": values, "mask": mask, "rewards": rewards, "kl": kl, "returns": np.where(mask, advantages + values, 0.0),
         "advantages": maths.whiten(advantages, mask, keep_mean=False), "kl_coef": kl_coef * (1.0 + error * len(kls) / h["kl_horizon"]),
-    }  # fmt: skip
+    }
 
 
 def ppo(table: np.ndarray, critic: np.ndarray, batch: Any, fixed: dict[str, Any], h: dict[str, float]) -> float:

@@ -40,7 +40,7 @@ def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.nda
 
 
 def hidden(tree: Any, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray, *, heads: int, kv_heads: int, head_dim: int,
-           theta: float, eps: float) -> np.ndarray:  # fmt: skip
+           theta: float, eps: float) -> np.ndarray:
     """Final hidden states of one row, [T, D]; NaN on padding.
 
     Args:

@@ -35,12 +35,12 @@ def prompts(rows: list[tuple[int, ...]], width: int, ids: list[int] | None = Non
     index = np.asarray(range(len(rows)) if ids is None else ids, np.int32)
     as_jax = functools.partial(jax.tree.map, jnp.asarray)
     return as_jax(Prompts(tokens=tokens, positions=positions, segment_ids=segments, prompt_ids=index, sample_ids=index * 0 + 1,
-                          group_ids=np.arange(len(rows), dtype=np.int32)))  # fmt: skip
+                          group_ids=np.arange(len(rows), dtype=np.int32)))
 
 
 @functools.cache
 def program(config: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.jit(lambda nets, prompts, key, iteration: sampling.generate(nets, prompts, key, iteration=iteration, **dict(settings)))
+    return tiny.jit(lambda nets, prompts, key, iteration: sampling.generate(nets, prompts, key, iteration=iteration, **dict(settings)))
 
 
 def generate(batch: Prompts, *, config=tiny.BASE, seed: int = 0, iteration: int = 2, **changes):
@@ -61,7 +61,7 @@ def new(rollout, width: int = 6):
     return rollout.seqs.tokens[:, width:], rollout.sampler_logps[:, width:]
 
 
-@jax.jit
+@tiny.jit
 def trainer(nets, seqs):
     return nets.policy(seqs).logps
 
@@ -134,9 +134,9 @@ def test_the_cache_holds_what_a_full_forward_computes():
     seqs, nets = tiny.row(np.random.default_rng(1).integers(0, V, 9), left=2), tiny.nets()
     full = np.asarray(tiny.logits(config, params, seqs))[0]
     head = jax.tree.map(lambda x: x[:, :6], (seqs.tokens, seqs.positions, seqs.segment_ids))
-    found, cache = jax.jit(nets.prefill, static_argnums=3)(*head, 11)
+    found, cache = tiny.jit(nets.prefill, static_argnums=3)(*head, 11)
     np.testing.assert_allclose(found[0], full[5], atol=2e-5)
-    decode = jax.jit(nets.decode)
+    decode = tiny.jit(nets.decode)
     for slot in range(6, 11):
         visible = (jnp.arange(11)[None, :] <= slot) & (jnp.arange(11)[None, :] >= 2)
         found, cache = decode(seqs.tokens[:, slot], seqs.positions[:, slot], jnp.int32(slot), visible, cache)
@@ -167,9 +167,11 @@ def test_eight_devices_draw_what_one_draws(sizes):
     where = sharding.parameter_shardings(mesh, {"policy": axes}, nets.params)
     batch = prompts(list(texts()), 6)
     placed = distributed.to_global(batch, sharding.row_sharding(mesh))
+    nets = nets.replace(params=jax.device_put(nets.params, where))
     run = sharding.jit(lambda n, p, k: sampling.generate(n, p, k, iteration=2, **SETTINGS), mesh)
+    run = run.lower(nets, placed, jax.random.key(0)).compile(tiny.QUICK)
     for seed in (0, 1):
-        many = run(nets.replace(params=jax.device_put(nets.params, where)), placed, jax.random.key(seed))
+        many = run(nets, placed, jax.random.key(seed))
         one = generate(batch, config=config, seed=seed)
         assert len(many.seqs.tokens.sharding.device_set) == 8
         np.testing.assert_array_equal(many.seqs.tokens, one.seqs.tokens)
@@ -181,7 +183,7 @@ def test_seeds_iterations_and_samples_do_something_and_repeat():
     np.testing.assert_array_equal(new(generate(prompts(list(texts()), 6)))[0], base)
     batch = prompts(list(texts()), 6)
     for other in (everyone(seed=1), everyone(iteration=3), generate(batch.replace(sample_ids=batch.sample_ids + 1)),
-                  generate(batch.replace(prompt_ids=batch.prompt_ids + 16))):  # fmt: skip
+                  generate(batch.replace(prompt_ids=batch.prompt_ids + 16))):
         assert (new(other)[0] != base).any(-1).mean() > 0.8
     assert everyone(iteration=3).version.tolist() == [3] * 16
 
@@ -271,7 +273,7 @@ def test_frequencies_are_the_filtered_probabilities(temperature, top_k, top_p):
     draws = 40_000
     keys = jax.random.split(jax.random.key(11), draws)
     logits = jnp.broadcast_to(LOGITS, (draws, len(LOGITS)))
-    tokens, logps = jax.jit(functools.partial(sampling.draw, temperature=temperature, top_k=top_k, top_p=top_p))(logits, keys)
+    tokens, logps = tiny.jit(functools.partial(sampling.draw, temperature=temperature, top_k=top_k, top_p=top_p))(logits, keys)
     exact = distribution(LOGITS, temperature, top_k, top_p)
     counts = np.bincount(tokens, minlength=len(LOGITS))
     assert not counts[exact == 0].any()
@@ -287,7 +289,7 @@ def test_a_banned_token_is_never_drawn_however_unlikely_the_legal_ones():
     """Banned at both ends and between; an inverse-CDF draw would fall on one of them where u is 0 or rounds to 1."""
     logits = jnp.asarray([-jnp.inf, -200.0, -jnp.inf, -218.0, -jnp.inf], jnp.float32)
     draws = 200_000
-    draw = jax.jit(functools.partial(sampling.draw, temperature=1.0, top_k=0, top_p=1.0))
+    draw = tiny.jit(functools.partial(sampling.draw, temperature=1.0, top_k=0, top_p=1.0))
     tokens, logps = draw(jnp.broadcast_to(logits, (draws, 5)), jax.random.split(jax.random.key(2), draws))
     assert set(np.unique(tokens)) <= {1, 3} and np.isfinite(logps).all()
     only, _ = draw(jnp.broadcast_to(logits.at[1].set(-jnp.inf), (64, 5)), jax.random.split(jax.random.key(2), 64))

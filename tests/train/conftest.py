@@ -12,19 +12,33 @@ from rlhf_jax.train.loop import train
 from tests.train.runs import tiny
 
 ONE = {"run.steps": 1, "validation.every": 0}
+# Saved, validated and logged at different steps, so that a stop finds the one ahead of the other.
+UNEVEN = {"run.steps": 6, "checkpoint.every": 2, "validation.every": 3, "optimizer.lr": 3e-3}
 RUNS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sft": ("sft", {}),
     "lm": ("lm", {}),
     "reward": ("reward", {}),
     "dpo": ("dpo", {}),
-    "ppo": ("ppo", {"log.samples": 8}),
-    "grpo": ("grpo", {"log.samples": 8}),
+    "ppo": ("ppo", {"log.samples": 8, "reward_fn": "", "reward_from": "@reward", "reward_normalise": True}),  # fused
+    "grpo": ("grpo", {"log.samples": 8}),  # a Python reward, the stages apart
     "wider": ("sft", {**ONE, "model.hidden": 32}),
     "bpe": ("sft", {**ONE, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 264}),
     "reward_unmeasured": ("reward", {**ONE, "data.valid": ""}),  # no validation file: no reward_mean and reward_std in its meta
     "reward_smaller": ("reward", {**ONE, "model.hidden": 8, "model.heads": 1, "run.steps": 2}),
     "reward_bpe": ("reward", {**ONE, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 264, "run.steps": 2}),
 }
+
+
+for _name in ("sft", "reward", "dpo", "ppo", "grpo"):
+    _config, _changes = RUNS[_name]
+    RUNS[f"uneven_{_name}"] = (_config, {**UNEVEN, **_changes})
+
+
+def command(name: str, finished: Callable[[str], pathlib.Path]) -> tuple[str, dict[str, Any]]:
+    """(config, changes) of a run; "@reward" stands for the workdir of that run."""
+    config, changes = RUNS[name]
+    is_run = lambda value: isinstance(value, str) and value.startswith("@")  # noqa: E731
+    return config, {key: str(finished(value[1:])) if is_run(value) else value for key, value in changes.items()}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathli
 
     def get(name: str) -> pathlib.Path:
         if not (folder / name).exists():
-            config, changes = RUNS[name]
+            config, changes = command(name, get)
             train(tiny(config, changes), str(folder / name))
         return folder / name
 

@@ -26,6 +26,13 @@ def tiny(name: str, changes: Mapping[str, Any] | None = None) -> ConfigDict:
     return config
 
 
+def arguments(name: str, changes: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+    """The command line after `rlhf-jax train` that means `train(tiny(name, changes), workdir)`."""
+    values = {**{f"model.{key}": value for key, value in SMALL.items()}, "data.cache": str(CACHE), **changes}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config={CONFIGS / name}.py:tiny", f"--workdir={workdir}", *flags]
+
+
 def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return rows(folder / "metrics.jsonl")

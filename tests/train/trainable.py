@@ -22,7 +22,7 @@ NAMES = ("sft", "lm", "reward", "dpo", "ppo", "grpo")
 MODEL = tiny.config(vocab_size=16, scan_layers=True, outputs=("lm", "value"))
 SCORER = tiny.config(vocab_size=16, scan_layers=True, outputs=("score",))
 OPTIMIZER = {"name": "adamw", "lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8,
-             "muon_beta": 0.95, "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.0, "moment_dtype": "float32"}  # fmt: skip
+             "muon_beta": 0.95, "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.0, "moment_dtype": "float32"}
 
 
 def networks(name: str) -> Networks:
@@ -71,7 +71,7 @@ def reading(objective: Objective, spec: NetworkSpec, microbatches: int) -> Calla
 def alone(name: str, microbatches: int = 1) -> Any:
     """`reading` on one device without a mesh, as NumPy."""
     nets = networks(name)
-    out = jax.jit(reading(bound(name), nets.spec, microbatches))(nets.params, nets.frozen, batch(name))
+    out = tiny.jit(reading(bound(name), nets.spec, microbatches))(nets.params, nets.frozen, batch(name))
     return jax.tree.map(np.asarray, out)
 
 
