@@ -120,7 +120,7 @@ def _demo(c: ConfigDict) -> None:
     _small_model(c)
     c.tokenizer.kind = "inherit"
     c.data.update(prompt_length=36)
-    c.objective.update(beta=0.3, advantage_eps=0.2)
+    c.objective.update(beta=0.1, advantage_eps=0.2)
     c.run.update(steps=120, batch_size=128, microbatches=1)
     c.sampling.update(group_size=8, max_new_tokens=16)
     c.optimizer.update(lr=1e-4, schedule="linear", end_lr_ratio=0.0, warmup_steps=10)

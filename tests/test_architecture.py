@@ -129,9 +129,8 @@ def imports(module: Module) -> Iterator[tuple[str, int]]:
                 parts = parts[: len(parts) - node.level + module.is_package]
                 base = ".".join([*parts, *([base] if base else [])])
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
-        elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__") and node.args:
-            if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-                yield node.args[0].value, node.lineno
+        elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
+            yield from ((a.value, node.lineno) for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
 
 
 def _called(node: ast.expr) -> str:
@@ -298,7 +297,8 @@ def _is_reward_fn(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
         if isinstance(node, ast.keyword):
             return node.arg == "reward_fn"
         if isinstance(node, ast.Dict):
-            return any(value is inner and ast.unparse(key).strip("'\"").endswith("reward_fn") for key, value in zip(node.keys, node.values) if key)
+            keys = [ast.unparse(key) for key, value in zip(node.keys, node.values) if key and value is inner]
+            return any(key.strip("'\"").endswith("reward_fn") for key in keys)
     return isinstance(node, ast.Assign) and any("reward_fn" in ast.unparse(target) for target in node.targets)
 
 
@@ -347,7 +347,7 @@ def test_a_new_path_to_gold_is_caught(name, source):
         ("configs.grpo", "c.reward_fn = 'experiments.demo.gold.reward'", 1),
         ("configs.grpo", "c.reward_fn = 'rlhf_jax.rewards.rules.brevity'", 0),
         ("experiments.demo.pipeline", "def grpo(c):\n    c.reward_fn = 'rlhf_jax.rewards.gold.sort'", 1),
-        ("experiments.demo.pipeline", "def stage(c, name):\n    if name == 'grpo_gold':\n        c.reward_fn = 'rlhf_jax.rewards.gold.sort'", 0),
+        ("experiments.demo.pipeline", "def f(c, stage):\n    if stage == 'grpo_gold':\n        c.reward_fn = 'rlhf_jax.rewards.gold.sort'", 0),
         ("experiments.demo.pipeline", "run('grpo_gold', reward_fn='rlhf_jax.rewards.gold.sort')", 0),
         ("experiments.demo.pipeline", "run('ppo', reward_fn='rlhf_jax.rewards.gold.sort')", 1),
         ("experiments.demo.pipeline", "run('grpo_gold', ['--config.reward_fn=rlhf_jax.rewards.gold.sort'])", 0),
@@ -371,7 +371,8 @@ def _body(function: Function) -> list[ast.stmt]:
 
 def _asserts(statement: ast.stmt) -> bool:
     """Whether a statement is a call `chex.assert_…(…)`."""
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and bool(re.match(r"chex\.assert_", ast.unparse(statement.value.func)))
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(call, ast.Call) and ast.unparse(call.func).startswith("chex.assert_")
 
 
 def _opens(function: Function, module: Module) -> bool:
@@ -407,10 +408,12 @@ def takes_arrays(function: Function) -> bool:
 def _public_functions(module: Module) -> Iterator[Function]:
     """Module-level functions, and methods of classes that are no Linen modules; names without an underscore."""
     for node in module.tree.body:
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not any("nn.Module" in ast.unparse(base) for base in node.bases):
-            yield from (f for f in node.body if isinstance(f, Function) and not f.name.startswith("_"))
-        elif isinstance(node, Function) and not node.name.startswith("_"):
+        if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if isinstance(node, Function):
             yield node
+        elif not any("nn.Module" in ast.unparse(base) for base in node.bases):
+            yield from (f for f in node.body if isinstance(f, Function) and not f.name.startswith("_"))
 
 
 def _imported(module: Module) -> dict[str, str]:
@@ -466,6 +469,7 @@ def test_the_rule_on_assertions_sees_most_of_the_maths():
 
 
 GOOD = 'def f(x: Array) -> Array:\n    """Doc."""\n    chex.assert_rank(x, 2)\n    return x'
+HELPED = GOOD.replace("chex.assert_rank(x, 2)\n    return x", "return _check(x)") + "\n\ndef _check(x):\n"
 
 
 @pytest.mark.parametrize(
@@ -477,8 +481,8 @@ GOOD = 'def f(x: Array) -> Array:\n    """Doc."""\n    chex.assert_rank(x, 2)\n 
         (GOOD.replace("chex.assert_rank(x, 2)", "if x is None:\n        raise UserError('no')\n    chex.assert_rank(x, 2)"), 0),
         (GOOD.replace("chex.assert_rank(x, 2)", "if x.ndim == 2:\n        chex.assert_rank(x, 2)"), 1),
         (GOOD.replace("chex.assert_rank(x, 2)", "assert x.ndim == 2"), 1),
-        (GOOD.replace("chex.assert_rank(x, 2)\n    return x", "return _check(x)") + "\n\ndef _check(x):\n    chex.assert_rank(x, 2)\n    return x", 0),
-        (GOOD.replace("chex.assert_rank(x, 2)\n    return x", "return _check(x)") + "\n\ndef _check(x):\n    return x", 1),
+        (HELPED + "    chex.assert_rank(x, 2)\n    return x", 0),
+        (HELPED + "    return x", 1),
         ("def f(seqs: Sequences | None) -> float:\n    return 1.0", 1),
         ("def f(n: int) -> tuple[Array, int]:\n    return g(n), n", 1),
         ("class Nets:\n    def policy(self, seqs: Sequences) -> Any:\n        return 0", 1),
@@ -529,9 +533,9 @@ def undocumented(modules: Mapping[str, Module]) -> list[str]:
         if module.tree.body and not ast.get_docstring(module.tree):
             found.append(module.name)
         for node in module.tree.body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
-                if not (module.room == "objectives" and node.name in PROTOCOL):
-                    found.append(f"{module.name}.{node.name}")
+            public = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node) and not (module.room == "objectives" and node.name in PROTOCOL):
+                found.append(f"{module.name}.{node.name}")
     return found
 
 

@@ -210,7 +210,8 @@ def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
         "dpo": on_pairs,
         "ppo": {**on_prompts, "reward_from": rm},
         "grpo": {**on_prompts, "reward_from": rm},
-        "grpo_gold": {**on_prompts, "reward_fn": f"rlhf_jax.rewards.gold.{task.name}_reward", "reward_normalise": False},
+        "grpo_gold": {**on_prompts, "reward_fn": f"rlhf_jax.rewards.gold.{task.name}_reward", "reward_normalise": False,
+                      "objective__advantage_eps": 0.05},  # gold's own scale: a group deviates by about 0.3
     }
     for stage in stages:
         task.report(stage, task.train(stage, **rewards[stage]))

@@ -30,11 +30,11 @@ COLOURS = {"sft": "#8792A5", "rm": "#8E63CE", "dpo": "#2F6FDE", "ppo": "#E07B39"
 
 # Which metrics tell the story of a stage, by pattern, best first; the names are the field's (STYLE: `objective/kl`, `reward/margin`).
 _STORY = {
-    "sft": (r"^loss/", r"^valid.*loss", r"^valid", r"accuracy", r"grad_norm", r"^lr$|/lr$|learning_rate"),
-    "rm": (r"^loss/", r"^valid.*accuracy", r"accuracy", r"margin", r"^valid", r"grad_norm"),
-    "dpo": (r"^loss/", r"reward.*margin", r"reward.*accuracy|accuracy", r"^valid.*gold", r"logps.*chosen|chosen", r"^valid"),
+    "sft": (r"^loss/", r"^eval/loss/", r"^optimizer/grad_norm", r"^optimizer/lr"),
+    "rm": (r"^loss/", r"^eval/reward/accuracy", r"^reward/accuracy", r"^reward/margin", r"^optimizer/grad_norm"),
+    "dpo": (r"^loss/", r"^reward/margin", r"^logps/chosen", r"^eval/reward/accuracy", r"^reward/accuracy"),
 }
-_ONLINE = (r"^valid.*gold", r"score|reward/mean", r"objective/kl|seq_kl|/kl$", r"entropy", r"^loss/", r"length", r"clip_?frac")
+_ONLINE = (r"^objective/score$", r"^objective/kl$", r"^objective/entropy", r"^eval/objective/score", r"^loss/", r"^rollout/length")
 _PANELS = 4
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

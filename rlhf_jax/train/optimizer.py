@@ -73,7 +73,7 @@ def decays(params: PyTree) -> PyTree:
 
 
 def _muon_dimensions(params: PyTree) -> PyTree:
-    """Muon for the layers' matrices (a leading axis of stacked layers is a batch axis), Adam for all else."""
+    """Muon for the layers' matrices (a leading axis of stacked layers is a batch axis), Adam with Nesterov momentum for all else."""
 
     def one(path: Any, leaf: Any) -> Any:
         in_layers = any(getattr(part, "key", None) == "layers" for part in path)

@@ -242,6 +242,7 @@ def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | Non
       prompts: the set that the rollout's prompt ids belong to.
       limit: first rows only.
     """
+    chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
     tokens, segments, mask, ids, truncated = (
         np.asarray(jax.device_get(x))[:limit]
         for x in (rolled.seqs.tokens, rolled.seqs.segment_ids, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)

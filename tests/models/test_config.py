@@ -54,6 +54,7 @@ def test_json_gives_the_same_configuration_back():
 
 
 def test_difference_names_shapes_and_meaning_but_not_layout_or_precision():
-    other = tiny.config(hidden=8, rope_theta=5.0, tied=True, scan_layers=True, compute_dtype="bfloat16", remat="full", dropout=0.5, context=9)
+    shape, runtime = dict(hidden=8, rope_theta=5.0, tied=True), dict(scan_layers=True, compute_dtype="bfloat16", remat="full", context=9)
+    other = tiny.config(**shape, **runtime, dropout=0.5)
     assert tiny.BASE.difference(other) == ["hidden", "rope_theta", "tied"]
     assert tiny.BASE.difference(tiny.BASE) == []

@@ -12,10 +12,10 @@ import pytest
 from rlhf_jax.models import layout, transformer
 from rlhf_jax.train import optimizer
 from tests.models import tiny
+from tests.train import trainable
 
 UNROLLED, SCANNED = tiny.BASE, tiny.config(scan_layers=True)
-OPTIMIZER = {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "muon_beta": 0.95,
-             "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.9, "moment_dtype": "float32"}
+OPTIMIZER = {**trainable.OPTIMIZER, "ema_decay": 0.9}
 
 
 def test_init_draws_the_same_parameters_in_both_layouts():

@@ -266,7 +266,8 @@ LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -1.0, -np.inf, 0.3], np.float32)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.6), (1.5, 4, 0.85), (1.0, 1, 1.0)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.6), (1.5, 4, 0.85), (1.0, 1, 1.0)],
 )
 def test_frequencies_are_the_filtered_probabilities(temperature, top_k, top_p):
     """χ² of 40 000 draws, at a level of 1e-4; what has no probability is never drawn."""

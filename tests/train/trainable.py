@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.objectives import Objective
 from rlhf_jax.train.step import fill_reference, gradients
-from rlhf_jax.types import Comparisons, PyTree, Rollout, Sequences
+from rlhf_jax.types import Comparisons, PyTree, Sequences
 from tests.models import tiny
 from tests.objectives import tabular
 from tests.objectives.settings import bound

@@ -1,0 +1,298 @@
+"""Online RL through `train`: one jitted iteration or its stages apart, every kind of reward and critic, and PPO's first-step identities."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import checkpoint, distributed
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.rewards import host, learned
+from rlhf_jax.saved import load_source
+from rlhf_jax.train.assemble import assemble
+from rlhf_jax.train.config import check
+from rlhf_jax.train.loop import Result, restore, train
+from rlhf_jax.train.programs import Programs
+from rlhf_jax.types import Rollout
+from tests.train.runs import metrics, outcome, rows, series, snapshot, tiny
+
+SHORT = {"validation.every": 0, "log.samples": 8, "checkpoint.every": 1}
+PLAIN = {"run.steps": 1, "run.epochs": 1, "run.minibatches": 1}  # one update on exactly what was rolled out
+
+
+def learned_reward(run: pathlib.Path, normalise: bool = True) -> dict[str, Any]:
+    return {"reward_fn": "", "reward_from": str(run), "reward_normalise": normalise}
+
+
+def ppo(folder: pathlib.Path, changes: dict[str, Any]) -> Result:
+    return train(tiny("ppo", {**SHORT, **changes}), str(folder))
+
+
+def trained(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's parameters by path."""
+    params, _ = checkpoint.load_params(str(folder), key="test")
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def said(folder: pathlib.Path) -> list[tuple[int, int, str, bool]]:
+    """What was sampled, without the scores."""
+    return [(row["step"], row["prompt_id"], row["response"], row["ended"]) for row in rows(folder / "samples.jsonl")]
+
+
+def close(first: pathlib.Path, second: pathlib.Path) -> None:
+    """The same tokens, and every parameter within 1e-5."""
+    assert said(first) == said(second)
+    one, other = trained(first), trained(second)
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, other[path], rtol=0, atol=1e-5, err_msg=path)
+
+
+@pytest.fixture
+def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
+    """Every rollout that a run advances by."""
+    seen: list[Rollout] = []
+    advance = Programs.advance
+
+    def record(self: Programs, state: Any, batch: Any) -> Any:
+        found = advance(self, state, batch)
+        seen.append(jax.device_get(found[2]))
+        return found
+
+    monkeypatch.setattr(Programs, "advance", record)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def fused(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Two fused iterations of four updates on a learned reward."""
+    folder = tmp_path_factory.mktemp("fused") / "run"
+    ppo(folder, {**learned_reward(finished("reward")), "run.steps": 2})
+    return folder
+
+
+def test_fused_equals_staged(fused: pathlib.Path, finished: Any, tmp_path: pathlib.Path) -> None:
+    ppo(tmp_path, {**learned_reward(finished("reward")), "run.steps": 2, "fused": False})
+    close(fused, tmp_path)
+    for one, other in zip(metrics(fused), metrics(tmp_path), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert float(value) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5), name
+
+
+REPLAY = '''
+import json
+SCORES = {{}}
+for line in open({path!r}, "rb"):
+    row = json.loads(line)
+    SCORES[row["messages"][-1]["content"], row["response"]] = row["score"]
+
+def score(prompts, responses, references):
+    return [SCORES[prompt[-1]["content"], response] for prompt, response in zip(prompts, responses, strict=True)]
+'''
+
+
+@pytest.fixture
+def importable(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """A folder on sys.path; what was imported from it is forgotten afterwards."""
+    folder, before = tmp_path / "importable", set(sys.modules)
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def test_python_reward_runs_the_same_stages(fused: pathlib.Path, importable: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A Python function that gives the scores of the fused run: same tokens, same updates. A token or an order lost would be a KeyError."""
+    (importable / "replayed.py").write_text(REPLAY.format(path=str(fused / "samples.jsonl")))
+    ppo(tmp_path / "run", {"reward_fn": "replayed.score", "reward_normalise": False, "run.steps": 2})
+    close(fused, tmp_path / "run")
+
+
+def _direct(run: pathlib.Path) -> tuple[Networks, Encoder, Any]:
+    source = load_source(str(run), "test")
+    spec = NetworkSpec(reward=source.config)
+    encoder = Encoder(source.tokenizer, source.chat_template(), max_length=source.config.context, prompt_length=None, overlong="truncate")
+    return Networks({}, {"reward": source.params}, spec), encoder, source.meta
+
+
+@pytest.mark.parametrize("name", ["reward", "reward_smaller"])
+def test_learned_reward_scores_the_rollouts_tokens(name: str, finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
+    """A reward model as large as the policy, or smaller, reads exactly the tokens that are trained on, in one jitted iteration."""
+    run = finished(name)
+    rollouts.clear()
+    ppo(tmp_path, {**learned_reward(run, normalise=False), **PLAIN})
+    nets, _, _ = _direct(run)
+    (rolled,) = rollouts
+    direct = learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, rolled.seqs))
+    np.testing.assert_allclose(rolled.scores, direct, rtol=1e-5, atol=1e-6)
+    assert np.std(rolled.scores) > 0
+    assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == pytest.approx(list(direct), abs=1e-5)
+
+
+def test_reward_with_another_tokenizer_reads_the_text(finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
+    """Each response is rendered and tokenized anew; the score is that of scoring the text directly, row by row, without padding."""
+    run = finished("reward_bpe")
+    rollouts.clear()
+    ppo(tmp_path, {**learned_reward(run), **PLAIN, "run.steps": 2})
+    nets, encoder, meta = _direct(run)
+    sampled = rows(tmp_path / "samples.jsonl")
+    assert len(sampled) == 16
+    lengths = set()
+    for row in sampled:
+        tokens = host.response_tokens(encoder, row["messages"], row["response"], row["ended"])
+        seqs = host.padded_rows([tokens], bucket=1, max_length=encoder.max_length, pad_id=0)
+        score = learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, seqs))[0]
+        assert row["score"] == pytest.approx((float(score) - meta["reward_mean"]) / meta["reward_std"], rel=1e-4, abs=1e-4)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1
+    assert [float(score) for rolled in rollouts for score in rolled.scores] == pytest.approx([row["score"] for row in sampled], abs=1e-5)
+
+
+def test_reward_normalisation(finished: Any, tmp_path: pathlib.Path) -> None:
+    """The moments over the validation pairs are stored with the reward model, and PPO's scores are (raw − mean) / std."""
+    run = finished("reward")
+    nets, encoder, meta = _direct(run)
+    pairs = rows(pathlib.Path(tiny("reward").data.valid))
+    scores = []
+    for pair in pairs:
+        for branch in ("chosen", "rejected"):
+            tokens = host.response_tokens(encoder, [{"role": "user", "content": pair["prompt"]}], pair[branch], True)
+            seqs = host.padded_rows([tokens], bucket=64, max_length=64, pad_id=0)
+            scores.append(float(learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, seqs))[0]))
+    assert meta["reward_mean"] == pytest.approx(np.mean(scores), abs=1e-5)
+    assert meta["reward_std"] == pytest.approx(np.std(scores), rel=1e-4)
+
+    ppo(tmp_path / "raw", {**learned_reward(run, normalise=False), **PLAIN})
+    ppo(tmp_path / "normalised", {**learned_reward(run), **PLAIN})
+    assert said(tmp_path / "raw") == said(tmp_path / "normalised")
+    raw, normalised = ([row["score"] for row in rows(tmp_path / name / "samples.jsonl")] for name in ("raw", "normalised"))
+    expected = [(score - meta["reward_mean"]) / meta["reward_std"] for score in raw]
+    assert normalised == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_first_iteration(kind: str, tmp_path: pathlib.Path) -> None:
+    """Before the first update the policy is its own reference and its own past: ratio 1, KL 0, nothing clipped. And a response without a
+    stop token costs the penalty."""
+    ppo(tmp_path, {**PLAIN, "critic.kind": kind, "objective.missing_eos_penalty": 3.0, "sampling.max_new_tokens": 8})
+    (line,) = metrics(tmp_path)
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-6)
+    assert line["objective/non_score_reward"] == pytest.approx(0, abs=1e-6)
+    assert line["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert line["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert line["policy/clip_frac"] == 0
+    assert line["value/clip_frac"] == 0
+    assert line["objective/kl_coef"] == pytest.approx(0.05)
+    sampled = rows(tmp_path / "samples.jsonl")
+    truncated = np.mean([not row["ended"] for row in sampled])
+    assert line["rollout/truncated"] == pytest.approx(truncated) and truncated > 0
+    assert line["objective/score"] == pytest.approx(np.mean([row["score"] for row in sampled]), abs=1e-5)
+    assert line["objective/rlhf_reward"] == pytest.approx(line["objective/score"] - 3.0 * truncated, abs=1e-5)
+
+
+def test_later_updates_move_the_ratio(fused: pathlib.Path) -> None:
+    """The identities above are not identities of the code: with four updates per rollout they do not hold."""
+    assert all(value > 1e-6 for value in series(fused, "policy/approx_kl"))
+    assert series(fused, "objective/kl")[1] != pytest.approx(0, abs=1e-6)
+
+
+def test_adaptive_kl_coefficient(tmp_path: pathlib.Path) -> None:
+    """c ← c · (1 + clip(KL / target − 1, ±0.2) · n / horizon), carried over iterations and in the checkpoint."""
+    config = tiny("ppo", {**SHORT, "run.steps": 3, "checkpoint.keep": 3, "objective.kl_target": 1.0, "objective.kl_horizon": 64.0})
+    train(config, str(tmp_path))
+    coefficients, kls = series(tmp_path, "objective/kl_coef"), series(tmp_path, "objective/kl")
+    expected = [0.05]
+    for kl in kls:
+        expected.append(expected[-1] * (1 + float(np.clip(kl - 1, -0.2, 0.2)) * 8 / 64))
+    assert coefficients == pytest.approx(expected[:3], rel=1e-5)
+    assert len(set(coefficients)) == 3
+
+    exp = assemble(*check(config))
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", every=0, keep=3) as saver:
+        state, step = restore(exp, saver)
+    assert step == 3
+    assert float(state.carry["kl_coef"]) == pytest.approx(expected[3], rel=1e-5)
+
+    undisturbed = outcome(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    (tmp_path / "final.json").unlink()
+    train(config, str(tmp_path))
+    assert outcome(tmp_path) == undisturbed
+
+
+# --- where the critic starts ---
+
+
+def started(changes: dict[str, Any]) -> dict[str, Any]:
+    """The first state's networks."""
+    return jax.device_get(assemble(*check(tiny("ppo", changes))).start.state().params)
+
+
+def same(first: Any, second: Any) -> bool:
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(
+        np.array_equal(one, other) for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second))
+    )
+
+
+def test_critic_from_the_policy(finished: Any) -> None:
+    """The trunk is the initial policy's, the value head new."""
+    sft = load_source(str(finished("sft")), "test").params["ends"], load_source(str(finished("sft")), "test").params["layers"]
+    networks = started({"init_from": str(finished("sft")), "critic.init_from": "policy"})
+    for network in networks.values():
+        assert same(network["layers"], sft[1])
+        assert same(network["ends"]["embedding"], sft[0]["embedding"])
+    assert same(networks["policy"]["ends"]["lm_head"], sft[0]["lm_head"])
+    assert set(networks["critic"]["ends"]) == {"embedding", "norm", "value_head"}
+
+
+def test_critic_from_scratch(finished: Any) -> None:
+    networks = started({"init_from": str(finished("sft")), "critic.init_from": ""})
+    assert not same(networks["critic"]["layers"], networks["policy"]["layers"])
+    assert not same(networks["critic"]["ends"]["embedding"], networks["policy"]["ends"]["embedding"])
+
+
+@pytest.mark.parametrize("name", ["reward", "reward_smaller"])
+def test_critic_from_the_reward_model(name: str, finished: Any) -> None:
+    """All of it, its size included, and the score head is the value head."""
+    reward = load_source(str(finished(name)), "test").params
+    networks = started({"init_from": str(finished("sft")), "critic.init_from": str(finished(name))})
+    assert same(networks["critic"]["layers"], reward["layers"])
+    assert same(networks["critic"]["ends"]["embedding"], reward["ends"]["embedding"])
+    assert same(networks["critic"]["ends"]["value_head"], reward["ends"]["score_head"])
+
+
+def test_shared_critic(finished: Any) -> None:
+    """One trunk with two heads; the policy's comes from the checkpoint, the value head is new."""
+    networks = started({"init_from": str(finished("sft")), "critic.kind": "shared"})
+    assert set(networks) == {"policy"}
+    assert set(networks["policy"]["ends"]) == {"embedding", "norm", "lm_head", "value_head"}
+    assert same(networks["policy"]["ends"]["lm_head"], load_source(str(finished("sft")), "test").params["ends"]["lm_head"])
+
+
+def test_networks_of_three_sizes(finished: Any, tmp_path: pathlib.Path) -> None:
+    """A policy with a smaller critic and a smaller reward model, in one fused program; the checkpoint says what each is."""
+    small = str(finished("reward_smaller"))
+    before = snapshot(pathlib.Path(small))
+    ppo(tmp_path, {**learned_reward(finished("reward_smaller")), **PLAIN, "run.steps": 2, "critic.init_from": small})
+    params, meta = checkpoint.load_params(str(tmp_path), key="test")
+    assert (ModelConfig.from_json(meta["model"]).hidden, ModelConfig.from_json(meta["critic_model"]).hidden) == (16, 8)
+    assert {name: tree["ends"]["embedding"].shape[1] for name, tree in params.items()} == {"policy": 16, "critic": 8}
+    assert not same(params["critic"]["ends"]["value_head"], load_source(small, "test").params["ends"]["score_head"]), "the critic trains"
+    assert snapshot(pathlib.Path(small)) == before, "and its source does not"
+    assert all(math.isfinite(float(value)) for line in metrics(tmp_path) for value in line.values())
+    assert json.loads((tmp_path / "final.json").read_text())["stopped"] == "finished"
+    assert distributed.is_lead()
