@@ -21,7 +21,7 @@ from absl import flags
 from rlhf_jax import data
 from rlhf_jax.checkpoint import CHECKPOINTS
 from rlhf_jax.data import embedded
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.eval import compare, preference
 from rlhf_jax.eval.generation import responses
 from rlhf_jax.eval.models import Policy, RewardModel
@@ -48,16 +48,19 @@ flags.DEFINE_string("workdir", "runs/demo", "where everything goes")
 flags.DEFINE_list("tasks", ["sort", "arithmetic"], "embedded tasks")
 flags.DEFINE_list("stages", ["dpo", "ppo", "grpo", "grpo_gold"], "stages after SFT and the reward model")
 flags.DEFINE_integer("seed", 0, "of data, training and evaluation")
-flags.DEFINE_string("variant", "demo", "config variant of every stage")
+flags.DEFINE_float("scale", 1.0, "share of the steps and of the data: 0.1 is a quick look", lower_bound=0.001, upper_bound=1.0)
 
 
 class Task:
     """One task's files, stages and evaluations in one folder."""
 
-    def __init__(self, name: str, folder: pathlib.Path, seed: int, variant: str) -> None:
-        self.name, self.folder, self.seed, self.variant = name, folder, seed, variant
+    def __init__(self, name: str, folder: pathlib.Path, seed: int, scale: float) -> None:
+        if name not in GOLD:
+            raise UserError(f"--tasks has {name!r}, which is no embedded task{nearest(name, GOLD)}")
+        self.name, self.folder, self.seed, self.scale = name, folder, seed, scale
         self.gold = GOLD[name]
-        self.files = embedded.write_task(name, folder / "data", seed=seed)
+        sizes = {split: max(int(size * scale), 16) for split, size in embedded.SIZES[name].items()}
+        self.files = embedded.write_task(name, folder / "data", sizes=sizes, seed=seed)
         self.results: dict[str, Any] = {}
         self.configs: dict[str, Any] = {}
         self.evaluations: dict[str, compare.Evaluation] = {}
@@ -67,8 +70,11 @@ class Task:
 
     def train(self, stage: str, **changes: Any) -> float:
         """Trains a stage in its workdir; returns its wall-clock seconds, remembered over restarts."""
-        config = load_config(CONFIG[stage], self.variant)
+        config = load_config(CONFIG[stage], "demo")
         config.seed = self.seed
+        if self.scale < 1.0:
+            config.run.steps = max(int(config.run.steps * self.scale), 3)
+            config.checkpoint.every = config.validation.every = max(config.run.steps // 3, 1)
         config.data.cache = str(self.folder / "cache")
         for key, value in changes.items():
             section, _, name = key.rpartition("__")
@@ -117,6 +123,8 @@ class Task:
         write_preferences(paths["train"], (row for row in rows if row["prompt_id"] >= held_out))
         write_preferences(paths["valid"], (row for row in rows if row["prompt_id"] < held_out))
         clean, _ = clean_pairs(self._samples("test"), self.gold, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
+        if not clean or not rows:
+            raise UserError(f"{self.name}: the SFT policy's samples hold no pair of different gold: train it longer (configs/sft.py:demo)")
         write_preferences(paths["test"], clean)
         write_whole(self.folder / "pairs" / "audit.json", json.dumps(audit.as_dict(), indent=2) + "\n")
         print(f"  {audit.pairs} pairs, {100 * audit.as_dict()['flip_share']:.0f} % labelled against gold, {audit.identical} identical skipped")
@@ -227,7 +235,7 @@ def main(argv: list[str]) -> None:
     results: dict[str, Any] = {"tasks": {}, "versions": versions(), "configs": {}}
     runs = {}
     for name in options.tasks:
-        task = Task(name, workdir / name, options.seed, options.variant)
+        task = Task(name, workdir / name, options.seed, options.scale)
         run_task(task, options.stages, lambda text: print("\n" + text, flush=True))
         results["tasks"][name] = {**task.results, "samples": task.samples()}
         results["configs"] |= task.configs

@@ -41,16 +41,15 @@ def test_layers_are_stacked_in_the_order_of_numbers_not_of_strings():
 
 
 @functools.partial(tiny.jit, static_argnums=0)
-def loss_and_gradient(config, params, seqs, keys=None):
+def loss_and_gradient(config, params, seqs, keys):
     return jax.value_and_grad(lambda p: -tiny.nets(config).replace(params={"policy": p}).policy(seqs, keys).logps.sum())(params)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(dropout):
+def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient_dropout_included():
     seqs, params = tiny.rows(3, 9), tiny.params()
     keys = jax.random.split(jax.random.key(1), 3)
-    a, ga = loss_and_gradient(tiny.config(dropout=dropout), params, seqs, keys)
-    b, gb = loss_and_gradient(tiny.config(dropout=dropout, scan_layers=True), layout.to_runtime(params, True), seqs, keys)
+    a, ga = loss_and_gradient(tiny.config(dropout=0.2), params, seqs, keys)
+    b, gb = loss_and_gradient(tiny.config(dropout=0.2, scan_layers=True), layout.to_runtime(params, True), seqs, keys)
     tiny.close(a, b)
     tiny.near(layout.to_canonical(gb), ga)
 

@@ -22,6 +22,12 @@ def init(config):
     return transformer.init(config, jax.random.key(0))
 
 
+@functools.partial(tiny.jit, static_argnums=0)
+def nll(config, params, seqs):
+    """Loss and gradient."""
+    return jax.value_and_grad(lambda p: -tiny.nets(config).replace(params={"policy": p}).policy(seqs).logps.sum())(params)
+
+
 def shape(config):
     return dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, theta=config.rope_theta, eps=config.norm_eps)
 
@@ -97,12 +103,7 @@ def test_a_packed_row_has_the_logits_loss_and_gradient_of_its_segments():
     tiny.close(packed[0, :5], single[0, :5], atol=2e-6)
     tiny.close(packed[0, 5:], single[1, 5:], atol=2e-6)
 
-    @tiny.jit
-    def loss(params, seqs):
-        logps = tiny.nets().replace(params={"policy": params}).policy(seqs).logps
-        return -logps.sum()
-
-    (a, ga), (b, gb) = (jax.value_and_grad(loss)(tiny.params(), seqs) for seqs in (together, apart))
+    (a, ga), (b, gb) = (nll(BASE, tiny.params(), seqs) for seqs in (together, apart))
     tiny.close(a, b)
     tiny.near(ga, gb)
 
@@ -143,20 +144,19 @@ def test_no_logit_depends_on_a_later_token_on_padding_or_on_another_segment():
             assert (found[t, s] > 0) == expected, (t, s, found[t, s])
 
 
+def trunk(params, seqs):
+    return transformer.trunk(BASE, params, seqs.tokens, seqs.positions, seqs.segment_ids)
+
+
 def test_a_query_that_may_see_nothing_is_finite_with_a_finite_gradient():
     seqs = tiny.row(np.arange(4), left=3)
     empty = seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))
     for case in (seqs, empty):
-        value, grads = jax.value_and_grad(lambda p, s=case: tiny.logits(BASE, p, s).sum())(tiny.params())
+        value, grads = tiny.jit(jax.value_and_grad(lambda p, s=case: trunk(p, s).sum()))(tiny.params())
         assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 # --- recomputation and precision ---
-
-
-@functools.partial(tiny.jit, static_argnums=0)
-def nll(config, params, seqs):
-    return -tiny.nets(config).replace(params={"policy": params}).policy(seqs).logps.sum()
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -164,7 +164,7 @@ def nll(config, params, seqs):
 def test_remat_changes_neither_loss_nor_gradient(remat, scan):
     plain, other = tiny.config(scan_layers=scan), tiny.config(scan_layers=scan, remat=remat)
     seqs, params = tiny.rows(2, 8), layout.to_runtime(tiny.params(), scan)
-    (a, ga), (b, gb) = (jax.value_and_grad(lambda p, c=c: nll(c, p, seqs))(params) for c in (plain, other))
+    (a, ga), (b, gb) = (nll(c, params, seqs) for c in (plain, other))
     tiny.close(a, b, rtol=1e-6)
     tiny.near(gb, ga, 1e-6)
 
@@ -176,7 +176,7 @@ def test_bfloat16_compute_is_finite_and_near_and_leaves_float32_logits():
     assert narrow.dtype == jnp.float32
     gap = np.abs(np.asarray(narrow - wide))[real]
     assert 0 < gap.max() < 0.15 * np.abs(np.asarray(wide)[real]).max()
-    grads = jax.grad(lambda p: nll(half, p, seqs))(tiny.params())
+    _, grads = nll(half, tiny.params(), seqs)
     assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

@@ -32,9 +32,8 @@ def params(config: ModelConfig = BASE, seed: int = 0) -> PyTree:
     """Parameters drawn by `init`, then every leaf moved by noise: gains are not 1, biases and value heads not 0."""
     with jax.ensure_compile_time_eval():  # kept, also when first asked for under a trace
         drawn = jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
-        leaves, treedef = jax.tree.flatten(drawn)
         rng = np.random.default_rng(seed)
-        return treedef.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype), drawn)
 
 
 def nets(config: ModelConfig = BASE, *, seed: int = 0, **spec: Any) -> Networks:
@@ -48,8 +47,9 @@ def row(tokens: Any, *, left: int = 0, right: int = 0, lengths: tuple[int, ...] 
     lengths = lengths or (len(tokens),)
     segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)])
     positions = np.concatenate([np.arange(n) for n in lengths])
-    pad = lambda x, value: jnp.asarray(np.pad(x, (left, right), constant_values=value)[None], jnp.int32)  # noqa: E731
-    return Sequences(tokens=pad(tokens, fill), positions=pad(positions, 0), segment_ids=pad(segments, 0), loss_mask=pad(segments, 0) != 0)
+    pad = lambda x, value: np.pad(x, (left, right), constant_values=value)[None].astype(np.int32)  # noqa: E731
+    seqs = Sequences(tokens=pad(tokens, fill), positions=pad(positions, 0), segment_ids=pad(segments, 0), loss_mask=pad(segments, 0) != 0)
+    return jax.tree.map(jnp.asarray, seqs)
 
 
 def rows(batch: int, length: int, *, seed: int = 0, branches: int = 0, vocabulary: int = V) -> Sequences:
@@ -62,8 +62,8 @@ def rows(batch: int, length: int, *, seed: int = 0, branches: int = 0, vocabular
         size = length - left - right
         lengths = (size // 2, size - size // 2) if number % 4 == 1 else (size,)
         made.append(row(rng.integers(0, vocabulary, size), left=left, right=right, lengths=lengths, fill=rng.integers(0, vocabulary)))
-    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *made)
-    return jax.tree.map(lambda x: x.reshape(batch, branches, length), whole) if branches else whole
+    shape = (batch, branches, length) if branches else (batch, length)
+    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x).reshape(shape)), *made)
 
 
 @functools.partial(jit, static_argnums=0)

@@ -143,9 +143,9 @@ def test_metrics_are_read_as_logged(tmp_path):
 
 
 def test_a_story_prefers_what_matters_and_repeats_nothing():
-    names = ["loss/ppo", "loss/value", "objective/kl", "objective/scores", "policy/entropy", "valid/gold", "lr", "grad_norm"]
-    assert curves.story("ppo", dict.fromkeys(names)) == ["valid/gold", "objective/scores", "objective/kl", "policy/entropy"]
-    assert curves.story("sft", dict.fromkeys(["lr", "loss/sft", "valid/loss"])) == ["loss/sft", "valid/loss", "lr"]
+    names = ["loss/policy", "objective/kl", "objective/score", "objective/score_std", "objective/entropy", "eval/objective/score", "optimizer/lr"]
+    assert curves.story("ppo", dict.fromkeys(names)) == ["objective/score", "objective/kl", "objective/entropy", "eval/objective/score"]
+    assert curves.story("sft", dict.fromkeys(["optimizer/lr", "loss/nll", "eval/loss/nll"])) == ["loss/nll", "eval/loss/nll", "optimizer/lr"]
     assert curves.story("dpo", {}) == []
 
 

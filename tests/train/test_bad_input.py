@@ -231,6 +231,6 @@ def test_another_config_in_the_workdir(key: str, value: Any, finished: Any, monk
 
 def test_workdir_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="--workdir.* is a file"):
+    with pytest.raises(UserError, match=r"--workdir.* is a file"):
         train(tiny("sft"), str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"

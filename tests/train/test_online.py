@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import shutil
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, distributed
+from rlhf_jax import checkpoint
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.models.config import ModelConfig
@@ -122,11 +121,19 @@ def test_python_reward_runs_the_same_stages(fused: pathlib.Path, importable: pat
     close(fused, tmp_path / "run")
 
 
-def _direct(run: pathlib.Path) -> tuple[Networks, Encoder, Any]:
+def score_directly(run: pathlib.Path, seqs: Any) -> list[float]:
+    """The reward model of `run` on token rows, straight from its checkpoint."""
     source = load_source(str(run), "test")
-    spec = NetworkSpec(reward=source.config)
+    nets = Networks({}, {"reward": source.params}, NetworkSpec(reward=source.config))
+    return [float(score) for score in jax.jit(learned.score_sequences)(nets, jax.tree.map(jax.numpy.asarray, seqs))]
+
+
+def score_texts(run: pathlib.Path, texts: list[tuple[list[Any], str, bool]]) -> list[float]:
+    """The same on (messages, response, ended), each rendered by the reward model's template and cut into its own tokens."""
+    source = load_source(str(run), "test")
     encoder = Encoder(source.tokenizer, source.chat_template(), max_length=source.config.context, prompt_length=None, overlong="truncate")
-    return Networks({}, {"reward": source.params}, spec), encoder, source.meta
+    tokens = [host.response_tokens(encoder, *text) for text in texts]
+    return score_directly(run, host.padded_rows(tokens, bucket=8, max_length=encoder.max_length, pad_id=encoder.tokenizer.pad_id))
 
 
 @pytest.mark.parametrize("name", ["reward", "reward_smaller"])
@@ -135,44 +142,34 @@ def test_learned_reward_scores_the_rollouts_tokens(name: str, finished: Any, tmp
     run = finished(name)
     rollouts.clear()
     ppo(tmp_path, {**learned_reward(run, normalise=False), **PLAIN})
-    nets, _, _ = _direct(run)
     (rolled,) = rollouts
-    direct = learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, rolled.seqs))
+    direct = score_directly(run, rolled.seqs)
     np.testing.assert_allclose(rolled.scores, direct, rtol=1e-5, atol=1e-6)
     assert np.std(rolled.scores) > 0
-    assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == pytest.approx(list(direct), abs=1e-5)
+    assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == pytest.approx(direct, abs=1e-5)
 
 
 def test_reward_with_another_tokenizer_reads_the_text(finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
-    """Each response is rendered and tokenized anew; the score is that of scoring the text directly, row by row, without padding."""
+    """Each response is rendered and tokenized anew: the scores are those of the texts, whatever the policy's tokens were."""
     run = finished("reward_bpe")
     rollouts.clear()
     ppo(tmp_path, {**learned_reward(run), **PLAIN, "run.steps": 2})
-    nets, encoder, meta = _direct(run)
+    meta = load_source(str(run), "test").meta
     sampled = rows(tmp_path / "samples.jsonl")
     assert len(sampled) == 16
-    lengths = set()
-    for row in sampled:
-        tokens = host.response_tokens(encoder, row["messages"], row["response"], row["ended"])
-        seqs = host.padded_rows([tokens], bucket=1, max_length=encoder.max_length, pad_id=0)
-        score = learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, seqs))[0]
-        assert row["score"] == pytest.approx((float(score) - meta["reward_mean"]) / meta["reward_std"], rel=1e-4, abs=1e-4)
-        lengths.add(len(tokens))
-    assert len(lengths) > 1
-    assert [float(score) for rolled in rollouts for score in rolled.scores] == pytest.approx([row["score"] for row in sampled], abs=1e-5)
+    direct = score_texts(run, [(row["messages"], row["response"], row["ended"]) for row in sampled])
+    expected = [(score - meta["reward_mean"]) / meta["reward_std"] for score in direct]
+    assert [row["score"] for row in sampled] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert [float(score) for rolled in rollouts for score in rolled.scores] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_reward_normalisation(finished: Any, tmp_path: pathlib.Path) -> None:
     """The moments over the validation pairs are stored with the reward model, and PPO's scores are (raw − mean) / std."""
     run = finished("reward")
-    nets, encoder, meta = _direct(run)
+    meta = load_source(str(run), "test").meta
     pairs = rows(pathlib.Path(tiny("reward").data.valid))
-    scores = []
-    for pair in pairs:
-        for branch in ("chosen", "rejected"):
-            tokens = host.response_tokens(encoder, [{"role": "user", "content": pair["prompt"]}], pair[branch], True)
-            seqs = host.padded_rows([tokens], bucket=64, max_length=64, pad_id=0)
-            scores.append(float(learned.score_sequences(nets, jax.tree.map(jax.numpy.asarray, seqs))[0]))
+    asked = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
+    scores = score_texts(run, [(ask, pair[branch], True) for ask, pair in zip(asked, pairs) for branch in ("chosen", "rejected")])
     assert meta["reward_mean"] == pytest.approx(np.mean(scores), abs=1e-5)
     assert meta["reward_std"] == pytest.approx(np.std(scores), rel=1e-4)
 
@@ -294,5 +291,3 @@ def test_networks_of_three_sizes(finished: Any, tmp_path: pathlib.Path) -> None:
     assert not same(params["critic"]["ends"]["value_head"], load_source(small, "test").params["ends"]["score_head"]), "the critic trains"
     assert snapshot(pathlib.Path(small)) == before, "and its source does not"
     assert all(math.isfinite(float(value)) for line in metrics(tmp_path) for value in line.values())
-    assert json.loads((tmp_path / "final.json").read_text())["stopped"] == "finished"
-    assert distributed.is_lead()
