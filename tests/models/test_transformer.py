@@ -76,7 +76,7 @@ def test_padding_changes_no_logit(left, right):
     bare = tiny.logits(BASE, tiny.params(), tiny.row(tokens))
     for fill in (0, 3):
         padded = tiny.logits(BASE, tiny.params(), tiny.row(tokens, left=left, right=right, fill=fill))
-        tiny.close(padded[:, left : left + 7], bare, atol=2e-6)
+        tiny.close(padded[:, left : left + 7], bare, rtol=2e-5, atol=2e-5)
 
 
 def test_neighbours_change_no_logit():
@@ -100,8 +100,8 @@ def packed_and_apart() -> tuple[Sequences, Sequences]:
 def test_a_packed_row_has_the_logits_loss_and_gradient_of_its_segments():
     together, apart = packed_and_apart()
     packed, single = (tiny.logits(BASE, tiny.params(), s) for s in (together, apart))
-    tiny.close(packed[0, :5], single[0, :5], atol=2e-6)
-    tiny.close(packed[0, 5:], single[1, 5:], atol=2e-6)
+    tiny.close(packed[0, :5], single[0, :5], rtol=2e-5, atol=2e-5)
+    tiny.close(packed[0, 5:], single[1, 5:], rtol=2e-5, atol=2e-5)
 
     (a, ga), (b, gb) = (nll(BASE, tiny.params(), seqs) for seqs in (together, apart))
     tiny.close(a, b)

@@ -76,6 +76,7 @@ def test_traced_and_compiled_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Start-up's trace on shapes serves the run: one trace, one compilation of the train step, on one device and on several."""
+    changes = {key: str(finished("reward")) if value == "@" else value for key, value in changes.items()}
     made: list[Programs] = []
 
     class Recorded(Programs):
@@ -84,7 +85,6 @@ def test_traced_and_compiled_once(
             made.append(self)
 
     monkeypatch.setattr(loop, "Programs", Recorded)
-    changes = {key: str(finished("reward")) if value == "@" else value for key, value in changes.items()}
     caplog.set_level(logging.WARNING)
     caplog.clear()
     with jax.log_compiles():
