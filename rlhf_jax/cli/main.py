@@ -55,7 +55,7 @@ def run(name: str, arguments: list[str]) -> int:
         return fail(f"{name!r} is not a command{nearest(name, COMMANDS)}")
     command = importlib.import_module(f"rlhf_jax.cli.{name}")
     if {"-h", "--help", "-help"} & set(arguments):
-        print(command.__doc__.strip() + "\n\nflags:\n" + _flag_help(command.FLAGS_HELP))
+        print((command.__doc__ or "").strip() + "\n\nflags:\n" + _flag_help(command.FLAGS_HELP))
         return 0
     return guarded(name, arguments, lambda _: command.main())
 

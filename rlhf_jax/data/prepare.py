@@ -85,6 +85,7 @@ class Prepared:
 
     def __init__(self, folder: str, kind: str) -> None:
         self.folder, self.kind = folder, kind
+        self.digest = os.path.basename(folder).rpartition("-")[2]  # of files, tokenizer, template and options
         with open(os.path.join(folder, "stats.json"), encoding="utf-8") as stream:
             self.stats: dict[str, Any] = json.load(stream)
         self.lengths: np.ndarray = np.load(os.path.join(folder, "lengths.npy"))

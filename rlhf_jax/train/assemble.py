@@ -219,6 +219,11 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     reward = load_source(config["reward_from"], "config.reward_from") if online and config["reward_from"] else None
     if reward is not None and reward.network != "reward":
         raise UserError(f"config.reward_from = {reward.path!r} is a {reward.network} checkpoint: name a reward model's run")
+    if reward is not None and reward.tokenizer.digest == tokenizer.digest:
+        longest = config["data"]["prompt_length"] + config["sampling"]["max_new_tokens"]
+        if longest > reward.config.context:
+            raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {longest} exceeds the context of {reward.config.context} "
+                            f"that config.reward_from = {reward.path!r} was trained with")
     critic = None
     if online and config["critic"]["kind"] == "separate" and config["critic"]["init_from"] not in ("", "policy"):
         critic = load_source(config["critic"]["init_from"], "config.critic.init_from")

@@ -61,6 +61,7 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
     exp = assemble(checked, objective)
     programs = Programs(exp)
     _refuse(exp, programs)
+    _same_data(folder, exp)
     _write_start(folder, exp)
     with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
                                  keep=checked["checkpoint"]["keep"]) as saver:
@@ -287,6 +288,22 @@ def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{key} = {new!r}, but the run in {folder} was started with {old!r}: choose another --workdir, or delete that one")
 
 
+def _data_account(exp: Experiment) -> dict[str, dict[str, Any]]:
+    """What became of each file's rows, and the digest of the prepared set."""
+    sets = {"train": exp.train_data, "valid": exp.valid_data}
+    return {name: {"digest": one.prepared.digest, **one.stats} for name, one in sets.items() if one is not None}
+
+
+def _same_data(folder: epath.Path, exp: Experiment) -> None:
+    """A run goes on with the rows that it began with: a file whose content changed under the same name is refused."""
+    path = folder / "data.json"
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    for name, account in _data_account(exp).items():
+        if name in saved and saved[name]["digest"] != account["digest"]:
+            raise UserError(f"config.data.{name} = {exp.config['data'][name]!r}: its content changed since the run in {folder} was started: "
+                            "choose another --workdir, or restore the file")
+
+
 def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
@@ -303,6 +320,12 @@ def _write_start(folder: epath.Path, exp: Experiment) -> None:
     exp.tokenizer.save(folder / "tokenizer.json")
     (folder / "template.jinja").write_text(exp.template.source)
     _write_json(folder / "config.json", exp.config)
+    _write_json(folder / "data.json", _data_account(exp))
+    for name, account in _data_account(exp).items():
+        skipped = sum(account["skipped"].values())
+        if account["truncated"] or skipped or account["identical"]:
+            print(f"config.data.{name}: {account['read']} rows read, {account['kept']} kept, {account['truncated']} truncated, {skipped} skipped "
+                  f"{dict(account['skipped'])}, {account['identical']} pairs of identical branches", flush=True)
 
 
 def _cut_samples(folder: epath.Path, step: int) -> None:

@@ -143,9 +143,9 @@ def test_annotations_that_only_a_type_checker_sees_do_no_harm(module):
 def test_prepare_sees_the_batch_first_so_its_annotation_wins(module):
     path = module("own_batch", """
         from __future__ import annotations
-        from rlhf_jax.types import Rollout, batch_dataclass
-        @batch_dataclass
-        class Mine:
+        from flax import struct
+        from rlhf_jax.types import Rollout
+        class Mine(struct.PyTreeNode):
             rollout: Rollout
         def prepare(nets, batch: Rollout, carry, key):
             return Mine(rollout=batch), carry, {}

@@ -23,10 +23,8 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 @pytest.fixture(autouse=True)
 def nothing_trains(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Neither a first state is drawn nor a batch advanced: the mistake is found before the expensive part."""
-    if "finished" in request.fixturenames:
-        return  # runs that a test starts from may have to be trained; `refused` sets this up itself
-
-    _forbid_training(monkeypatch)
+    if "finished" not in request.fixturenames:  # such tests train what they start from, and forbid it afterwards
+        _forbid_training(monkeypatch)
 
 
 def _forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
