@@ -39,7 +39,11 @@ def get_config(arg: str = "") -> ConfigDict:
         scan_layers=True, remat="full",
         logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
     ))
-    c.tokenizer = ConfigDict(dict(kind="inherit", path="", vocab_size=0))  # byte | bpe | file | inherit (init_from's)
+    c.tokenizer = ConfigDict(dict(
+        kind="inherit",  # byte | bpe (trained on data.train) | file | inherit (init_from's)
+        path="", vocab_size=0,
+        pad="<|pad|>", bos="<|bos|>", end="<|end|>",  # control tokens of a file
+    ))
 
     c.data = ConfigDict(dict(
         kind="prompt",
@@ -101,7 +105,7 @@ def _small_model(c: ConfigDict) -> None:
         vocab_size=264, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=176, context=128, norm_eps=1e-6,
         compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
     )
-    c.tokenizer.kind = "byte"
+    c.tokenizer.update(kind="byte", vocab_size=0)
     c.mesh.update(data=1, fsdp=1, devices=1)
 
 

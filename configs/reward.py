@@ -30,7 +30,11 @@ def get_config(arg: str = "") -> ConfigDict:
         scan_layers=True, remat="full",
         logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
     ))
-    c.tokenizer = ConfigDict(dict(kind="inherit", path="", vocab_size=0))  # byte | bpe | file | inherit (init_from's)
+    c.tokenizer = ConfigDict(dict(
+        kind="inherit",  # byte | bpe (trained on data.train) | file | inherit (init_from's)
+        path="", vocab_size=0,
+        pad="<|pad|>", bos="<|bos|>", end="<|end|>",  # control tokens of a file
+    ))
 
     c.data = ConfigDict(dict(
         kind="preference",
@@ -48,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=0,  # batches; 0 = as many as data_epochs needs
         data_epochs=1.0,
         batch_size=64,  # rows
-        microbatches=1,  # gradient accumulation
+        microbatches=8,  # gradient accumulation
         epochs=1,  # passes over a batch
         minibatches=1,  # updates per pass
         max_nonfinite=10,  # skipped updates in a row after which the run stops
@@ -88,7 +92,7 @@ def _small_model(c: ConfigDict) -> None:
         vocab_size=264, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=176, context=128, norm_eps=1e-6,
         compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
     )
-    c.tokenizer.kind = "byte"
+    c.tokenizer.update(kind="byte", vocab_size=0)
     c.mesh.update(data=1, fsdp=1, devices=1)
 
 
@@ -107,7 +111,7 @@ def _demo(c: ConfigDict) -> None:
     _small_model(c)
     c.tokenizer.kind = "inherit"
     c.data.update(max_length=48, prompt_length=36)
-    c.run.update(steps=200, data_epochs=0.0, batch_size=64)
+    c.run.update(steps=200, data_epochs=0.0, batch_size=64, microbatches=1)
     c.optimizer.update(lr=1e-3, warmup_steps=20)
     c.validation.update(every=100)
     c.checkpoint.every = 200

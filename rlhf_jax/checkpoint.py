@@ -42,7 +42,8 @@ __all__ = ["BEST", "CHECKPOINTS", "QUARANTINE", "Checkpointer", "load_params", "
 CHECKPOINTS = "checkpoints"  # folders of a run's workdir
 BEST = "best"
 QUARANTINE = "quarantine"  # a folder beside the steps; nothing in it is ever read again
-PARAMS = "params"  # the item that `load_params` reads
+PARAMS = "params"  # the item that `load_params` reads …
+EMA = "ema"  # … unless the run kept a moving average of them, which is what validation judged
 _MANIFEST = "meta"
 _TMP = ".orbax-checkpoint-tmp"
 _DECIDES = {PARAMS: "config.model, config.critic and config.objective", "rest": "config.optimizer and config.objective"}
@@ -256,11 +257,12 @@ def load_params(
         manifest = _read_manifest(step)
         if PARAMS not in manifest["items"]:
             raise UserError(f"{subject} {step} holds no item {PARAMS!r}, only {sorted(manifest['items'])}; name a training run's")
+        item = EMA if EMA in manifest["items"] else PARAMS
         if abstract is not None:
-            items, meta = _read(step, {PARAMS: abstract}, subject=subject)
-            return items[PARAMS], meta
-        record = manifest["items"][PARAMS]
-        return mf.nest(_read_host(step / PARAMS, record) | _empties(record), mf.unescape), manifest["meta"]
+            items, meta = _read(step, {item: abstract}, subject=subject)
+            return items[item], meta
+        record = manifest["items"][item]
+        return mf.nest(_read_host(step / item, record) | _empties(record), mf.unescape), manifest["meta"]
     except _DamagedError as damage:
         raise UserError(f"{subject} {step} is damaged: {damage}; name another step of that run or train it again") from damage
 

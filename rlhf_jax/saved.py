@@ -58,7 +58,7 @@ def load_source(path: str, key: str, *, which: Any = "latest") -> Source:
     folder = epath.Path(path)
     for place in (folder, *list(folder.parents)[:2]):
         if (place / TOKENIZER).exists() and (place / TEMPLATE).exists():
-            tokenizer = Tokenizer.load(place / TOKENIZER)
+            tokenizer = Tokenizer.load(place / TOKENIZER, **meta.get("control_tokens", {}))
             name = meta["network"]
             return Source(str(path), name, ModelConfig.from_json(meta["model"]), params[name], meta, tokenizer, str(place / TEMPLATE))
     raise UserError(f"{key} = {path!r}: no {TOKENIZER} and {TEMPLATE} beside the checkpoint; name the run's workdir")

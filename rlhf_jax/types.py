@@ -7,6 +7,7 @@ permuted or sharded by one `tree.map`. Axis letters: B rows, K branches, T token
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import jax
@@ -15,6 +16,17 @@ from flax import struct
 
 Array = jax.Array
 PyTree = Any
+
+
+class Purpose(enum.IntEnum):
+    """What a key folded from the run's key is for. It is folded in first, so that no two uses ever meet (law 6)."""
+
+    INIT = 0
+    SHUFFLE = 1
+    DROPOUT = 2
+    PREPARE = 3
+    ROLLOUT = 4
+    VALIDATION = 5
 
 
 class Sequences(struct.PyTreeNode, kw_only=True):

@@ -62,7 +62,7 @@ def load_config(path: str) -> ConfigDict:
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError) as error:
+    except Exception as error:
         raise UserError(f"--config {name}: {type(error).__name__}: {error}") from error
     finally:
         sys.dont_write_bytecode = before
@@ -70,8 +70,9 @@ def load_config(path: str) -> ConfigDict:
         raise UserError(f"--config {name}: the file has no get_config(variant)")
     try:
         config = module.get_config(variant)
-    except ValueError as error:
-        raise UserError(f"--config {path}: {error}") from error
+    except Exception as error:
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config {path}: {said}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config(variant) must return a ConfigDict, got {type(config).__name__}")
     return config

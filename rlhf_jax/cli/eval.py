@@ -83,7 +83,11 @@ def _policy(source: Any) -> dict[str, Any]:
     options = flags.FLAGS
     if bool(options.gold) == bool(options.judge):
         raise UserError("--gold and --judge: give exactly one of them, to say what a response is worth")
+    if options.temperature <= 0:
+        raise UserError(f"--temperature = {options.temperature}: must be above 0; greedy completions are evaluated besides")
     policy = Policy(source, "--checkpoint")
+    if options.max_new_tokens >= policy.config.context:
+        raise UserError(f"--max_new_tokens = {options.max_new_tokens} leaves no room for a prompt in a context of {policy.config.context}")
     baseline = Policy(load_source(options.baseline, "--baseline"), "--baseline") if options.baseline else policy
     if baseline.source.tokenizer.digest != source.tokenizer.digest:
         raise UserError(f"--baseline = {options.baseline!r} reads another tokenizer than --checkpoint: seq_kl would compare different tokens")

@@ -86,6 +86,10 @@ def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | N
         return fail(str(error))
     except flags.Error as error:
         return fail(f"{name}: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return fail(f"{name}: {error.filename}: {error.strerror}; choose another path, or make this one readable and writable")
     except KeyboardInterrupt:
         print("rlhf-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

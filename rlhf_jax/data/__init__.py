@@ -59,7 +59,7 @@ def open_dataset(
       UserError: a malformed row (file:line and field) or an option that does not fit.
     """
     if kind not in KINDS:
-        raise UserError(f"config.data.format expected a kind of record, got {kind!r}{nearest(kind, KINDS)}; correct it")
+        raise UserError(f"config.data.kind expected a kind of record, got {kind!r}{nearest(kind, KINDS)}; correct it")
     if kind == "prompt" and prompt_length is None:
         raise UserError("config.data.prompt_length expected a number of tokens for prompts, got none; set it")
     if pack and kind not in ("demo", "text"):

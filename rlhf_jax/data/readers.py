@@ -66,7 +66,7 @@ def read_records(kind: str, path: Paths) -> Iterator[Record]:
       UserError: a file is missing or empty, or a row is malformed (`file:line field expected …, got …; remedy`).
     """
     if kind not in KINDS:
-        raise UserError(f"config.data.format expected a kind of record, got {kind!r}{nearest(kind, KINDS)}")
+        raise UserError(f"config.data.kind expected a kind of record, got {kind!r}{nearest(kind, KINDS)}")
     parsers: Mapping[str, Callable[[_Row], Record]] = {"demo": _demo, "preference": _preference, "prompt": _prompt, "text": _text}
     for file in data_files(path):
         empty = True
@@ -90,7 +90,7 @@ class _Row:
         return UserError(f"{self.source}:{self.line} {field} expected {expected}, got {_show(got)}; {remedy}")
 
     def lacks(self, field: str, expected: str) -> UserError:
-        return self.bad(field, expected, _Literal(f"fields {sorted(self.fields)}"), "add the missing field or set config.data.format")
+        return self.bad(field, expected, _Literal(f"fields {sorted(self.fields)}"), "add the missing field or set config.data.kind")
 
     def text(self, field: str, *, empty: bool = True) -> str:
         return self.checked(field, self.fields.get(field), empty=empty)

@@ -45,6 +45,9 @@ class ModelConfig:
                 fail(key, "must be at least 1")
         if self.heads % self.kv_heads:
             fail("kv_heads", f"must divide config.model.heads = {self.heads}")
+        for key in ("rope_theta", "norm_eps"):
+            if not getattr(self, key) > 0:
+                fail(key, "must be above 0")
         if self.head_dim % 2:
             fail("head_dim", "must be even, because RoPE rotates pairs of features")
         if not 0.0 <= self.dropout < 1.0:

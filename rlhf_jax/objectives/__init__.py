@@ -7,8 +7,9 @@ An objective is a module with up to three pure functions, of which only `loss` i
     loss(nets, batch, keys, *, …) -> (terms, metrics)                  dict[str, Mean] each; keys [B] for dropout
 
 Their keyword-only arguments are the legal keys of `config.objective`, without defaults, so that `prepare` and `loss` cannot disagree.
-The annotation of `batch` says what the data pipeline builds. There is no registry: a file in this folder is an objective, and so is
-a module of the user's own, named by its dotted path. Modules that start with an underscore hold what objectives share.
+The annotation of `batch` says what the data pipeline builds; `RANGES`, {key: (low, high)}, which values are refused at start-up.
+There is no registry: a file in this folder is an objective, and so is a module of the user's own, named by its dotted path.
+Modules that start with an underscore hold what objectives share.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         raise UserError(f"config.objective lacks {', '.join(missing)}: {name} needs every hyper-parameter written out")
     annotations = _annotations(module)
     values = {key: _checked(key, value, annotations.get(key)) for key, value in given.items()}
+    for key, (low, high) in getattr(module, "RANGES", {}).items():
+        if not low <= values[key] <= high:
+            raise UserError(f"config.objective.{key} = {values[key]!r}: {name} needs it in [{low:g}, {high:g}]")
 
     def bound(kind: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         if kind not in functions:

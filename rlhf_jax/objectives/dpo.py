@@ -7,6 +7,7 @@ See: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). Deviation: none; a response
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -15,6 +16,8 @@ import jax
 from rlhf_jax.objectives._pairs import response_logps, reward_metrics
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.types import Array, Comparisons, Mean
+
+RANGES = {"beta": (0.0, math.inf)}
 
 
 def dpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:

@@ -10,6 +10,7 @@ implementation; clip bounds may differ (DAPO, arXiv:2503.14476, eq. 10); a group
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -23,6 +24,11 @@ from rlhf_jax.ops.kl import k3
 from rlhf_jax.ops.masking import loss_tokens, masked_mean
 from rlhf_jax.ops.policy_gradient import clipped_surrogate
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
+
+RANGES = {
+    "beta": (0.0, math.inf), "clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf), "advantage_eps": (0.0, math.inf),
+    "missing_eos_penalty": (0.0, math.inf),
+}
 
 
 def grpo_loss(log_ratios: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float) -> Array:

@@ -8,6 +8,7 @@ See: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Tr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.objectives import sft
 from rlhf_jax.types import Array, Mean, Sequences
+
+RANGES = {"z_loss": (0.0, math.inf)}
 
 
 def loss(nets: Any, batch: Sequences, keys: Array | None, *, z_loss: float) -> tuple[dict[str, Mean], dict[str, Mean]]:

@@ -29,6 +29,12 @@ from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum, place_
 from rlhf_jax.ops.policy_gradient import clipped_surrogate, clipped_value_loss, value_is_clipped
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
+RANGES = {
+    "kl_coef": (0.0, math.inf), "kl_target": (1e-9, math.inf), "kl_horizon": (1e-9, math.inf), "gamma": (0.0, 1.0), "lam": (0.0, 1.0),
+    "clip": (0.0, 1.0), "value_clip": (0.0, math.inf), "value_coef": (0.0, math.inf), "entropy_coef": (0.0, math.inf),
+    "missing_eos_penalty": (0.0, math.inf), "reward_scale": (1e-9, math.inf), "reward_clip": (1e-9, math.inf),
+}
+
 
 def shaped_scores(scores: Array, *, reward_scale: float, reward_clip: float) -> Array:
     """clip(reward_scale · score, ±reward_clip), [B].

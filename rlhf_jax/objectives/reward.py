@@ -8,6 +8,7 @@ centring: Eisenstein et al. 2023, "Helping or Herding?" (arXiv:2312.09244). Devi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 from rlhf_jax.objectives._pairs import reward_metrics
 from rlhf_jax.ops.masking import at_last_real
 from rlhf_jax.types import Array, Comparisons, Mean
+
+RANGES = {"center_coef": (0.0, math.inf)}
 
 
 def bradley_terry_loss(chosen: Array, rejected: Array, margin: Array) -> Array:

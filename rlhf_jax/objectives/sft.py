@@ -8,6 +8,7 @@ Deviation: none. The mean is over the tokens of the global batch, so a token wei
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.types import Array, Mean, Sequences
+
+RANGES = {"z_loss": (0.0, math.inf)}
 
 
 def nll_loss(logps: Array) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ops import logit_filters, vocab
-from rlhf_jax.types import Array, Prompts, Rollout, Sequences
+from rlhf_jax.types import Array, Prompts, Purpose, Rollout, Sequences
 
 
 def row_keys(key: Array, iteration: Array | int, prompt_ids: Array, sample_ids: Array) -> Array:
@@ -27,7 +27,7 @@ def row_keys(key: Array, iteration: Array | int, prompt_ids: Array, sample_ids: 
     """
     chex.assert_rank([prompt_ids, sample_ids], 1)
     chex.assert_equal_shape([prompt_ids, sample_ids])
-    run = jax.random.fold_in(key, iteration)
+    run = jax.random.fold_in(jax.random.fold_in(key, Purpose.ROLLOUT), iteration)
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(run, p), s))(prompt_ids, sample_ids)
 
 

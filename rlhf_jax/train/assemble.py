@@ -28,7 +28,7 @@ from rlhf_jax.models.networks import merge
 from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import Source, chat_template, load_source
 from rlhf_jax.train import optimizer as optimizers
-from rlhf_jax.types import PyTree, TrainState
+from rlhf_jax.types import Purpose, PyTree, TrainState
 
 HEADS = ("lm_head", "score_head", "value_head")
 RUNTIME = ("context", "dropout", "param_dtype", "compute_dtype", "scan_layers", "remat", "logits_chunk")
@@ -67,7 +67,7 @@ def _tokenizer(config: Mapping[str, Any], init: Source | None) -> Tokenizer:
     if section["kind"] == "byte":
         tokenizer = Tokenizer.byte_level()
     elif section["kind"] == "file":
-        tokenizer = Tokenizer.load(section["path"])
+        tokenizer = Tokenizer.load(section["path"], pad=section["pad"], bos=section["bos"], end=section["end"])
     else:
         tokenizer = data.train_tokenizer(config["data"]["kind"], config["data"]["train"], section["vocab_size"])
     if init is not None and init.tokenizer.digest != tokenizer.digest:
@@ -261,7 +261,7 @@ class Start:
         self.mesh, self.loaded, pattern = mesh, loaded, config["trainable"]
 
         def draw(loaded: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
-            return split(_draw(configs, jax.random.fold_in(jax.random.key(config["seed"]), 0), loaded), pattern)
+            return split(_draw(configs, jax.random.fold_in(jax.random.key(config["seed"]), Purpose.INIT), loaded), pattern)
 
         def first(loaded: Mapping[str, PyTree]) -> TrainState:
             trained, base = draw(loaded)

@@ -40,6 +40,7 @@ class Number:
 
 COUNT, NATURAL = Number(int, 0, 2**31 - 1), Number(int, 1, 2**31 - 1)  # counters are int32
 RATIO = Number(float, 0.0, 1.0)
+DECAY = Number(float, 0.0, 1.0 - 1e-9)  # of a moving average: at 1 it would never move
 
 SCHEMA: dict[str, Any] = {
     "seed": COUNT,
@@ -48,7 +49,7 @@ SCHEMA: dict[str, Any] = {
     "trainable": str,  # regular expression over parameter paths; ".*" trains all
     "objective": Mapping,
     "model": Mapping,
-    "tokenizer": {"kind": ("byte", "bpe", "file", "inherit"), "path": str, "vocab_size": COUNT},
+    "tokenizer": {"kind": ("byte", "bpe", "file", "inherit"), "path": str, "vocab_size": COUNT, "pad": str, "bos": str, "end": str},
     "data": {
         "kind": ("demo", "text", "preference", "prompt"), "train": str, "valid": str, "template": str, "max_length": NATURAL,
         "prompt_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"), "cache": str,
@@ -59,8 +60,8 @@ SCHEMA: dict[str, Any] = {
     },
     "optimizer": {
         "name": optimizer.OPTIMIZERS, "lr": Number(float, 0.0, above=True), "schedule": optimizer.SCHEDULES, "warmup_steps": COUNT,
-        "end_lr_ratio": RATIO, "b1": RATIO, "b2": RATIO, "eps": Number(float, 0.0, above=True), "muon_beta": RATIO,
-        "weight_decay": Number(float, 0.0), "clip_norm": Number(float, 0.0), "ema_decay": RATIO, "moment_dtype": ("float32", "bfloat16"),
+        "end_lr_ratio": RATIO, "b1": DECAY, "b2": DECAY, "eps": Number(float, 0.0, above=True), "muon_beta": DECAY,
+        "weight_decay": Number(float, 0.0), "clip_norm": Number(float, 0.0), "ema_decay": DECAY, "moment_dtype": ("float32", "bfloat16"),
     },
     "validation": {"every": COUNT, "batches": COUNT, "metric": str, "mode": ("min", "max"), "patience": COUNT},
     "checkpoint": {"every": COUNT, "keep": NATURAL},
@@ -189,6 +190,12 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
                         f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")
     if model.dropout > 0:
         raise UserError(f"config.model.dropout = {model.dropout}: set it to 0 in online RL, or the first policy ratio is not 1")
+    critic = c["critic"]
+    if critic["kind"] != "separate" and critic["init_from"] not in ("", "policy"):
+        raise UserError(f"config.critic.init_from = {critic['init_from']!r} has no effect with config.critic.kind = {critic['kind']!r}: "
+                        "set kind = 'separate', or init_from = ''")
+    if c["objective"].get("advantage_eps") is not None and sampling["group_size"] < 2:
+        raise UserError(f"config.sampling.group_size = {sampling['group_size']}: an advantage within a group needs at least 2 samples per prompt")
     if bool(c["reward_from"]) == bool(c["reward_fn"]):
         raise UserError(f"config.reward_from = {c['reward_from']!r} and config.reward_fn = {c['reward_fn']!r}: set exactly one of them")
 

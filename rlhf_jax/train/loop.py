@@ -26,6 +26,7 @@ from rlhf_jax.models import layout
 from rlhf_jax.train import metrics as run_log
 from rlhf_jax.train.assemble import Experiment, assemble, full_params
 from rlhf_jax.train.config import check
+from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.programs import Programs, completions
 from rlhf_jax.types import PyTree, Rollout, TrainState
 
@@ -88,8 +89,13 @@ def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState
 
 
 def saved_items(state: TrainState, frozen: PyTree) -> dict[str, PyTree]:
-    """What a checkpoint holds: whole networks under `params`, everything else under `rest`, both in the canonical layout."""
-    return {"params": full_params(state.params, frozen), "rest": layout.to_canonical(state.replace(params={}))}
+    """What a run goes on from: whole networks under `params`, everything else under `rest`, both in the canonical layout."""
+    return {checkpoint.PARAMS: full_params(state.params, frozen), "rest": layout.to_canonical(state.replace(params={}))}
+
+
+def delivered(state: TrainState, frozen: PyTree) -> PyTree:
+    """The whole networks that validation judged and later runs start from: the moving average where there is one."""
+    return full_params(evaluation_params(state.params, state.opt_state), frozen)
 
 
 def _trained_part(full: PyTree, like: PyTree) -> PyTree:
@@ -147,6 +153,10 @@ class _Run:
         if step not in self.saver.steps():
             self._save(state, step, improved=False, force=True)
         self.saver.wait()
+        skipped = int(state.opt_state.total_notfinite)
+        if step and skipped == int(state.step):
+            raise UserError(f"none of the {skipped} updates was applied: gradients were not finite from the first one on; look at "
+                            "config.model, config.optimizer and the data")
         best = self._best()
         result = Result(step, stopped, checkpoint.state_hash(layout.to_canonical(state)), *(best or (None, None)))
         if distributed.is_lead():
@@ -222,13 +232,14 @@ class _Run:
         # The log first: a kill right after the save must find this step's lines written.
         self._watch(self.log.flush())
         self._sample(step, None)
-        items, meta = saved_items(state, exp.frozen), self._meta(state, step)
+        meta, averaged = self._meta(state, step), exp.config["optimizer"]["ema_decay"] > 0
         # The best one first, and wholly: a run that goes on from `step` will not come by here again.
         if improved:
             with checkpoint.Checkpointer(self.folder / checkpoint.BEST, every=0, keep=1) as best:
-                best.save(step, {"params": items["params"]}, meta, force=True)
+                best.save(step, {checkpoint.PARAMS: delivered(state, exp.frozen)}, meta, force=True)
         if force or self._due(step):
-            self.saver.save(step, items, meta, force=force)
+            ema = {checkpoint.EMA: delivered(state, exp.frozen)} if averaged else {}
+            self.saver.save(step, saved_items(state, exp.frozen) | ema, meta, force=force)
 
     def _meta(self, state: TrainState, step: int) -> dict[str, Any]:
         exp = self.exp
@@ -242,6 +253,7 @@ class _Run:
         }
         if exp.spec.critic is not None:
             meta["critic_model"] = exp.spec.critic.to_json()
+        meta["control_tokens"] = {name: getattr(exp.tokenizer, name) for name in ("pad", "bos", "end")}
         if network == "reward" and exp.valid_data is not None:
             meta |= self.programs.reward_moments(state)
         return meta
@@ -278,9 +290,9 @@ def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
     """A workdir holds one run: going on with another config is refused."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir = {str(folder)!r} is a file: name a folder for this run")
-    path = folder / "config.json"
-    if not path.exists():
-        return
+    path, begun = folder / "config.json", folder / checkpoint.CHECKPOINTS
+    if not path.exists() or not begun.exists() or not any(step.name.isdigit() for step in begun.iterdir()):
+        return  # nothing was trained under that config yet
     saved = json.loads(path.read_text())
     now = json.loads(json.dumps(_jsonable(config)))
     for key, old, new in _differences(saved, now, "config"):

@@ -32,15 +32,19 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
     def update(updates: PyTree, state: EmaState, params: PyTree | None = None) -> tuple[PyTree, EmaState]:
         new = optax.apply_updates(params, updates)
-        return updates, EmaState(jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, new))
+        return updates, EmaState(jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(e.dtype), state.ema, new))
 
-    return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.array, params)), update)
+    def init(params: PyTree) -> EmaState:
+        # float32 whatever the parameters are: in bfloat16 an average with decay 0.999 would stand still.
+        return EmaState(jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def evaluation_params(params: PyTree, opt_state: PyTree) -> PyTree:
     """The parameters' moving average where there is one, else the parameters."""
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState)) if isinstance(s, EmaState)]
-    return found[0].ema if found else params
+    return jax.tree.map(lambda e, p: e.astype(p.dtype), found[0].ema, params) if found else params
 
 
 def schedule(config: Mapping[str, Any], total: int) -> Callable[[Any], Any]:

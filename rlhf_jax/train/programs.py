@@ -7,6 +7,7 @@ reward function between. All have the same signature, `(state, batch) -> (state,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,10 @@ from rlhf_jax.train import online
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.step import fill_reference, make_step
-from rlhf_jax.types import Array, Comparisons, Mean, Prompts, PyTree, Rollout, TrainState
+from rlhf_jax.types import Array, Comparisons, Mean, Prompts, Purpose, PyTree, Rollout, TrainState
 
 RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
 ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
-VALIDATION_KEY = 2**30  # folded into the run's key: validation draws the same numbers each time
 
 
 class Programs:
@@ -177,9 +177,7 @@ class Programs:
         """Metrics over the validation set, named `eval/…`: an objective's own offline, the mean score of fresh samples online."""
         limit = self.exp.config["validation"]["batches"] or None
         total: dict[str, Mean] = {}
-        for number, batch in enumerate(self.exp.valid_data.eval_batches()):
-            if limit is not None and number >= limit:
-                break
+        for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
             found = self._validate_online(state, placed) if self.exp.online else self._validate(
                 state.params, state.opt_state, state.carry, self.exp.frozen, state.key, placed
@@ -200,7 +198,7 @@ class Programs:
     @functools.cached_property
     def _validation_rollout(self) -> Any:
         def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array) -> Rollout:
-            return self.rollout(params, frozen, prompts, jax.random.fold_in(key, VALIDATION_KEY), jnp.int32(0))
+            return self.rollout(params, frozen, prompts, jax.random.fold_in(key, Purpose.VALIDATION), jnp.int32(0))
 
         return sharding.jit(rollout, self.exp.mesh)
 
@@ -210,8 +208,8 @@ class Programs:
 
     def reward_moments(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of a reward model's scores over the validation pairs, for its checkpoint's meta."""
-        scores = []
-        for batch in self.exp.valid_data.eval_batches():
+        scores, limit = [], self.exp.config["validation"]["batches"] or None
+        for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
             found = self._pair_scores(state.params, state.opt_state, self.exp.frozen, placed)
             scores.append(np.asarray(found)[np.asarray(batch.real)].ravel())

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.models import Networks, NetworkSpec
-from rlhf_jax.types import Array, Mean, PyTree, Sequences, TrainState
+from rlhf_jax.types import Array, Mean, Purpose, PyTree, Sequences, TrainState
 
 Metrics = dict[str, Mean]
-_SHUFFLE, _DROPOUT, _PREPARE = 1, 2, 3  # what a key folded from the run's key is for
 
 
 def rows(batch: PyTree) -> int:
@@ -98,8 +97,23 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     shapes = jax.eval_shape(jax.grad(loss, has_aux=True), nets.params, jax.tree.map(lambda x: x[0], parts), scale)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
     if microbatches == 1:
-        return accumulate(start, jax.tree.map(lambda x: x[0], parts))[0]
-    return jax.lax.scan(accumulate, start, parts)[0]
+        grads, metrics = accumulate(start, jax.tree.map(lambda x: x[0], parts))[0]
+    else:
+        grads, metrics = jax.lax.scan(accumulate, start, parts)[0]
+    whole = sum(metrics[f"loss/{name}"].compute() for name in scale)
+    return grads, {**metrics, "loss": Mean(jnp.asarray(whole, jnp.float32), jnp.float32(1.0))}
+
+
+def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState) -> tuple[PyTree, Any]:
+    """Updates and the optimizer's next state; zeros and the old state, counted, where either gradients or updates are not finite
+    (`optax.apply_if_finite` looks at the gradients only)."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]))
+    counted = state.opt_state._replace(
+        notfinite_count=state.opt_state.notfinite_count + 1, total_notfinite=state.opt_state.total_notfinite + 1, last_finite=jnp.array(False)
+    )
+    updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
+    return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, counted)
 
 
 def make_step(
@@ -119,10 +133,10 @@ def make_step(
 
     def update(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         nets = Networks(state.params, frozen, spec)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, _DROPOUT), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.DROPOUT), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows(batch)))
         grads, metrics = gradients(objective, nets, batch, keys, microbatches)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = _finite_update(optimizer, grads, state)
         applied = state.step - state.opt_state.total_notfinite
         one = jnp.float32(1.0)
         metrics |= {
@@ -134,7 +148,7 @@ def make_step(
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def passes(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
-        shuffle = jax.random.fold_in(jax.random.fold_in(state.key, _SHUFFLE), state.batch_index)
+        shuffle = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.SHUFFLE), state.batch_index)
 
         def one_pass(state: TrainState, epoch: Array) -> tuple[TrainState, Metrics]:
             shuffled = batch
@@ -149,7 +163,7 @@ def make_step(
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches)
         batch = fill_reference(nets, batch)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, _PREPARE), state.batch_index)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
         batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
         run = update if epochs * minibatches == 1 else passes
         skipped_before, old_carry = state.opt_state.total_notfinite, state.carry

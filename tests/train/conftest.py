@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "bpe": ("sft", {**ONE, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 264}),
     "reward_unmeasured": ("reward", {**ONE, "data.valid": ""}),  # no validation file: no reward_mean and reward_std in its meta
     "reward_smaller": ("reward", {**ONE, "model.hidden": 8, "model.heads": 1, "run.steps": 2}),
-    "reward_bpe": ("reward", {**ONE, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 264, "run.steps": 2}),
+    "reward_bpe": ("reward", {**ONE, "model.hidden": 8, "model.heads": 1, "tokenizer.kind": "bpe", "tokenizer.vocab_size": 264, "run.steps": 2}),
 }
 
 

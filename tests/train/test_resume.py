@@ -129,7 +129,9 @@ def kill(name: str, changes: dict[str, Any], run: pathlib.Path, point: str, numb
 
 
 # (point, the numbers of calls to choose from, the largest delay [s]): the second save is the first best one, in progress when the kill comes
-CASES = {"sft": ("saving", (2, 3, 4), 0.15), "ppo": ("training", (3, 4, 5), 0.3)}
+CASES = {
+    "sft": ("saving", (2, 3, 4), 0.15), "reward": ("training", (2, 3, 4), 0.2), "dpo": ("saving", (2, 3), 0.15), "ppo": ("training", (3, 4, 5), 0.3),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
