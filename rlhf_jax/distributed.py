@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from rlhf_jax.errors import UserError
@@ -67,7 +68,17 @@ def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
             f"config.mesh has {said}, which does not match the {len(chosen)} devices here: the product must equal it "
             f"(one axis may be -1, and config.mesh.devices limits how many are used)"
         )
+    if len(chosen) > 1 and chosen[0].platform == "cpu":
+        _compile_afresh()
     return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _compile_afresh() -> None:
+    """Switches the persistent compilation cache off for the rest of this process. On jax 0.10.2's CPU a program of several devices that is read
+    back from it may run its collectives in another order on one device than on the others, and all of them wait for ever."""
+    if jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
 
 
 def to_global(batch: PyTree, sharding: NamedSharding) -> PyTree:

@@ -22,6 +22,12 @@ from tests.train import trainable
 MESHES = {"data": ((8, 1, 1), 0), "fsdp": ((1, 8, 1), 0), "all": ((2, 2, 2), 0), "tensor": ((1, 1, 2), 2)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _uncached():
+    with tiny.uncached():
+        yield
+
+
 def mesh(name: str):
     sizes, devices = MESHES[name]
     return distributed.make_mesh(dict(zip(distributed.AXES, sizes)), devices)

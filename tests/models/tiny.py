@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax.models import ModelConfig, Networks, NetworkSpec, transformer
 from rlhf_jax.types import Array, PyTree, Sequences
@@ -25,6 +28,20 @@ BASE = ModelConfig(
 def config(**changes: Any) -> ModelConfig:
     """BASE with other values."""
     return dataclasses.replace(BASE, **changes)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Programs of several devices are compiled afresh inside: on jax 0.10.2's CPU, one read back from the persistent cache may run its
+    collectives in another order on one device than on the others, and all of them wait for ever."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @functools.cache
