@@ -76,7 +76,7 @@ def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
 def _compile_afresh() -> None:
     """Switches the persistent compilation cache off for the rest of this process. On jax 0.10.2's CPU a program of several devices that is read
     back from it may run its collectives in another order on one device than on the others, and all of them wait for ever."""
-    if jax.config.jax_enable_compilation_cache:
+    if jax.config.values["jax_enable_compilation_cache"]:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()
 
