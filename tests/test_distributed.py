@@ -9,6 +9,13 @@ from jax.sharding import AxisType
 
 from rlhf_jax import distributed, sharding
 from rlhf_jax.errors import UserError
+from tests.models import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _uncached():
+    with tiny.uncached():
+        yield
 
 
 def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:

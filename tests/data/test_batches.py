@@ -241,5 +241,5 @@ def test_options_that_do_not_fit_fail_before_preparation(made, options, message,
 
 
 def test_an_unknown_kind(made):
-    with pytest.raises(UserError, match=r"config\.data\.format expected a kind of record, got 'demos' \(did you mean 'demo'\?\)"):
+    with pytest.raises(UserError, match=r"config\.data\.kind expected a kind of record, got 'demos' \(did you mean 'demo'\?\)"):
         made("demos")

@@ -164,10 +164,10 @@ def test_reward_with_another_tokenizer_reads_the_text(finished: Any, tmp_path: p
 
 
 def test_reward_normalisation(finished: Any, tmp_path: pathlib.Path) -> None:
-    """The moments over the validation pairs are stored with the reward model, and PPO's scores are (raw − mean) / std."""
+    """The moments over the pairs that a validation reads are stored with the reward model, and PPO's scores are (raw − mean) / std."""
     run = finished("reward")
-    meta = load_source(str(run), "test").meta
-    pairs = rows(pathlib.Path(tiny("reward").data.valid))
+    meta, config = load_source(str(run), "test").meta, tiny("reward")
+    pairs = rows(pathlib.Path(config.data.valid))[: config.validation.batches * config.run.batch_size]
     asked = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
     scores = score_texts(run, [(ask, pair[branch], True) for ask, pair in zip(asked, pairs) for branch in ("chosen", "rejected")])
     assert meta["reward_mean"] == pytest.approx(np.mean(scores), abs=1e-5)
