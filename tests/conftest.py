@@ -4,7 +4,8 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight devices' threads on two busy cores may meet late at a collective: XLA's default is to abort the process after 40 seconds.
+# Threads of eight devices on two busy cores may meet late at a collective, where XLA would abort the process after 40 seconds. (Programs of several
+# devices are never read from the compilation cache: distributed.make_mesh.)
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120", "--xla_cpu_collective_call_terminate_timeout_seconds=600",
