@@ -57,6 +57,33 @@ class Comparisons(struct.PyTreeNode, kw_only=True):
         return self.seqs.real.all(-1)
 
 
+class Unpaired(struct.PyTreeNode, kw_only=True):
+    """Single responses, each said to be good or bad."""
+
+    seqs: Sequences  # [B, T]
+    desirable: Array  # [B] bool
+    kl_seqs: Sequences | None = None  # [B, T], row i's prompt with another row's response: KTO's estimate of the KL
+    baseline: Array | None = None  # [B] float32 nats, the reward that a response is compared with; `prepare` fills it in
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; false on filler rows."""
+        return self.seqs.real
+
+
+class Labelled(struct.PyTreeNode, kw_only=True):
+    """Token rows with numbers to predict at some tokens: a rating at the last one, or the verdict on each step at its end."""
+
+    seqs: Sequences  # [B, T]
+    targets: Array  # [B, T] float32
+    weights: Array  # [B, T] float32 ≥ 0; 0 = no label here
+
+    @property
+    def real(self) -> Array:
+        """[B] bool; false on filler rows."""
+        return self.seqs.real
+
+
 class Prompts(struct.PyTreeNode, kw_only=True):
     """What a rollout starts from: prompts padded on the left, so that every row generates into the same slots."""
 
@@ -90,6 +117,7 @@ class Rollout(struct.PyTreeNode, kw_only=True):
     rewards: Array | None = None  # [B, T] float32
     advantages: Array | None = None  # [B, T] float32
     returns: Array | None = None  # [B, T] float32
+    ptx: Sequences | None = None  # [B, T'], rows of another data set that are trained on beside the rollout
 
     @property
     def real(self) -> Array:

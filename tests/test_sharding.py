@@ -41,7 +41,7 @@ def shardings(on, config, name: str):
 def placed(name: str, on):
     """(spec, params, frozen, batch) of an objective on a mesh."""
     nets = trainable.networks(name)
-    config, kind = (trainable.SCORER, "reward") if name == "reward" else (trainable.MODEL, "policy")
+    config, kind = (trainable.SCORER, "reward") if name in trainable.SCORERS else (trainable.MODEL, "policy")
     where = shardings(on, config, kind)
     frozen = {key: jax.device_put(tree, where["policy"]) for key, tree in nets.frozen.items()}
     batch = distributed.to_global(trainable.batch(name), sharding.row_sharding(on))
@@ -53,11 +53,15 @@ def compiled(program, *arguments):
     return program.lower(*arguments).compile(tiny.QUICK)(*arguments)
 
 
-def test_every_built_in_objective_is_tested_here():
-    assert sorted(trainable.NAMES) == objectives.names()
+EVERY = [pytest.param(name, marks=() if name in trainable.REPRESENTATIVE else pytest.mark.slow) for name in trainable.NAMES]
 
 
-@pytest.mark.parametrize("name", trainable.NAMES)
+def test_every_kind_of_batch_is_tested_in_ci():
+    kinds = {bound(name).batch_type for name in trainable.REPRESENTATIVE}
+    assert kinds == {bound(name).batch_type for name in objectives.names()}
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("where", MESHES)
 def test_loss_metrics_and_gradients_are_those_of_one_device(name, where):
     on = mesh(where)
@@ -68,7 +72,7 @@ def test_loss_metrics_and_gradients_are_those_of_one_device(name, where):
     trainable.same(found, expected)
 
 
-@pytest.mark.parametrize("name", trainable.NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_four_microbatches_are_one_batch(name):
     trainable.same(trainable.alone(name, 4), trainable.alone(name))
 

@@ -78,6 +78,24 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
+def like(file: str, base: str, variant: str) -> ConfigDict:
+    """get_config(variant) of a neighbouring config file, as the start of one that differs in little.
+
+    Args:
+      file: `__file__` of the config that asks, in whose folder the other lies.
+      base: the other's name without `.py`.
+      variant: passed on.
+
+    Raises:
+      ValueError: the base has no such variant; it names the file that was asked for.
+    """
+    path = pathlib.Path(file)
+    try:
+        return load_config(f"{path.with_name(base + '.py')}:{variant}")
+    except UserError as error:
+        raise ValueError(f"{path.name}:{variant}: {str(error).rpartition(': ')[2]}") from error
+
+
 def _config_argument(arguments: list[str]) -> str | None:
     for position, argument in enumerate(arguments):
         if argument in ("--config", "-config"):

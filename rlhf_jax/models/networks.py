@@ -63,6 +63,12 @@ class Networks(struct.PyTreeNode):
             raise ValueError(f"this run has no {name} network: neither trained nor frozen ({', '.join({**self.params, **self.frozen})})")
         return base
 
+    def _network(self, name: str) -> tuple[ModelConfig, PyTree]:
+        """Configuration and parameters of a network; a reference without a configuration of its own shares what the policy does not train."""
+        if name == "ref" and self.spec.ref is None:
+            return _config(self.spec.policy, "ref"), merge(self.frozen["ref"], self.frozen.get("base", {}).get("policy"))
+        return _config(getattr(self.spec, name), name), self._tree(name)
+
     def has(self, name: str) -> bool:
         """Whether there is such a network: "policy", "ref", "critic" or "reward"."""
         return name in self.params or name in self.frozen or name in self.frozen.get("base", {})
@@ -93,9 +99,7 @@ class Networks(struct.PyTreeNode):
     def ref(self, seqs: Sequences, want: Want = (vocab.logps,)) -> Any:
         """The reference policy's reading; never trained, never dropped out. As `policy`."""
         chex.assert_rank(seqs.tokens, {2, 3})
-        own = self.spec.ref is not None
-        tree = self.frozen["ref"] if own else merge(self.frozen["ref"], self.frozen.get("base", {}).get("policy"))
-        config = _config(self.spec.ref if own else self.spec.policy, "ref")
+        config, tree = self._network("ref")
         return types.SimpleNamespace(**jax.lax.stop_gradient(self._run(config, tree, seqs, None, want, None)))
 
     def reward(self, seqs: Sequences, keys: Array | None = None) -> Any:
@@ -103,6 +107,19 @@ class Networks(struct.PyTreeNode):
         chex.assert_rank(seqs.tokens, {2, 3})
         out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None)
         return types.SimpleNamespace(**out)
+
+    def unembed(self, name: str, hidden: Array) -> Array:
+        """The logits that a network's hidden states give, divided by the temperature: for a vocabulary function that reads two networks.
+
+        Args:
+          name: "policy" or "ref".
+          hidden: [..., D], from `want=("hidden",)`; the hidden state of t − 1 predicts token t.
+
+        Returns:
+          [..., V] float32.
+        """
+        config, tree = self._network(name)
+        return transformer.unembed(config, tree, hidden) / self.spec.temperature
 
     def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
         """Logits after the last prompt slot and a cache of `slots` slots that holds the prompts.

@@ -1,15 +1,18 @@
 """Objectives by name: one module per objective, found by `load`, bound to its hyper-parameters by `bind`.
 
-An objective is a module with up to three pure functions, of which only `loss` is required:
+An objective is a module with up to four pure functions, of which only `loss` is required:
 
     init_carry(nets, *, …) -> carry                                    its own checkpointed state
     prepare(nets, batch, carry, key, *, …) -> (batch, carry, metrics)  forward only, over the global batch
     loss(nets, batch, keys, *, …) -> (terms, metrics)                  dict[str, Mean] each; keys [B] for dropout
+    opponent(nets, *, …) -> sampler                                    what draws every second sample of a prompt, if not the policy
 
 Their keyword-only arguments are the legal keys of `config.objective`, without defaults, so that `prepare` and `loss` cannot disagree.
-The annotation of `batch` says what the data pipeline builds; `RANGES`, {key: (low, high)}, which values are refused at start-up.
-There is no registry: a file in this folder is an objective, and so is a module of the user's own, named by its dotted path.
-Modules that start with an underscore hold what objectives share.
+The annotation of `batch` says what the data pipeline builds. Three constants are optional in a module of the user's own:
+`RANGES`, {key: (low, high)}: which values are refused at start-up. `NEEDS`, {"reference" | "critic" | "reward" | "group" | "ptx": key}: what the
+run must have, always ("") or unless that hyper-parameter is 0; refused at start-up too. `DEFAULTS`, {key: value}: the paper's values, which
+configs/NAME.py writes out. There is no registry: a file in this folder is an objective, and so is a module of the user's own, named by its
+dotted path. Modules that start with an underscore hold what objectives share; `_catalogue` reads the docstrings for README.md.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from typing import Any
 
 from rlhf_jax.errors import UserError, nearest
 
-POSITIONAL = {"init_carry": ("nets",), "prepare": ("nets", "batch", "carry", "key"), "loss": ("nets", "batch", "keys")}
+POSITIONAL = {"init_carry": ("nets",), "prepare": ("nets", "batch", "carry", "key"), "loss": ("nets", "batch", "keys"), "opponent": ("nets",)}
+NEEDS = ("reference", "critic", "reward", "group", "ptx")  # what NEEDS of a module may name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Objective:
     prepare: Callable[..., Any]  # (nets, batch, carry, key) -> (batch, carry, metrics)
     loss: Callable[..., Any]  # (nets, batch, keys) -> (terms, metrics)
     hyperparameters: Mapping[str, Any] = dataclasses.field(compare=False)
+    opponent: Callable[..., Any] | None = None  # (nets) -> what draws the odd samples of each prompt; None: the policy draws all
+    needs: frozenset[str] = frozenset()  # of NEEDS, with these hyper-parameters
 
 
 def names() -> list[str]:
@@ -100,7 +106,7 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         if not low <= values[key] <= high:
             raise UserError(f"config.objective.{key} = {values[key]!r}: {name} needs it in [{low:g}, {high:g}]")
 
-    def bound(kind: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    def bound(kind: str, otherwise: Any) -> Any:
         if kind not in functions:
             return otherwise
         return functools.partial(functions[kind], **{key: values[key] for key in keywords[kind]})
@@ -109,8 +115,19 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         name=name, batch_type=_batch_type(name, functions), hyperparameters=types.MappingProxyType(values),
         init_carry=bound("init_carry", lambda nets: {}),
         prepare=bound("prepare", lambda nets, batch, carry, key: (batch, carry, {})),
-        loss=bound("loss", functions["loss"]),
+        loss=bound("loss", functions["loss"]), opponent=bound("opponent", None), needs=_needs(module, name, values),
     )
+
+
+def _needs(module: ModuleType, name: str, values: Mapping[str, Any]) -> frozenset[str]:
+    """What the run must have besides data: a need tied to a hyper-parameter goes away where that is 0."""
+    declared = getattr(module, "NEEDS", None)
+    if declared is None:  # a module of the user's own that does not say: what trains on rollouts is taken to read their scores
+        return frozenset(NEEDS) & {"reward"}
+    for need, key in declared.items():
+        if need not in NEEDS or (key and key not in values):
+            raise UserError(f"objective {name}: NEEDS has {need!r}: {key!r}; it maps any of {', '.join(NEEDS)} to '' or to a hyper-parameter")
+    return frozenset(need for need, key in declared.items() if not key or values[key])
 
 
 def _import_path(path: str) -> ModuleType:

@@ -2,7 +2,9 @@
 
     L = −log σ( β [log π(y_w|x) − log π_ref(y_w|x)]  −  β [log π(y_l|x) − log π_ref(y_l|x)] )
 
-See: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). Deviation: none; a response's log-prob is the sum over its tokens.
+Use: the first choice on preference pairs: no reward model, no sampling, one hyper-parameter.
+See: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
+Deviation: none; a response's log-prob is the sum over its tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from rlhf_jax.objectives._pairs import response_logps, reward_metrics
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.types import Array, Comparisons, Mean
 
+NEEDS = {"reference": ""}
+DEFAULTS = {"beta": 0.1}
 RANGES = {"beta": (0.0, math.inf)}
 
 

@@ -3,7 +3,9 @@
     L = −1/G Σ_i 1/|o_i| Σ_t [ min( ρ_t A_i, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_i )  −  β k3_t ],   ρ_t = π/π_old
     A_i = (r_i − mean(r)) / (std(r) + eps)   over the G samples of one prompt
 
-See: Shao et al. 2024, DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300). Deviation: std is the unbiased one, as in every public
+Use: online RL with verifiable or model rewards and no critic; many samples of one prompt are cheap.
+See: Shao et al. 2024, DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300).
+Deviation: std is the unbiased one, as in every public
 implementation; clip bounds may differ (DAPO, arXiv:2503.14476, eq. 10); a group whose scores are all the same has A = 0 exactly.
 β = 0 needs no reference.
 """
@@ -25,6 +27,8 @@ from rlhf_jax.ops.masking import loss_tokens, masked_mean
 from rlhf_jax.ops.policy_gradient import clipped_surrogate
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
+NEEDS = {"reference": "beta", "reward": "", "group": ""}
+DEFAULTS = {"beta": 0.04, "clip_low": 0.2, "clip_high": 0.2, "advantage_eps": 1e-4, "missing_eos_penalty": 1.0}
 RANGES = {
     "beta": (0.0, math.inf), "clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf), "advantage_eps": (0.0, math.inf),
     "missing_eos_penalty": (0.0, math.inf),

@@ -2,7 +2,9 @@
 
     L = mean over the batch's tokens of  −log π(x_t | x_<t)  +  z_loss · (log Σ_v exp z_v)²
 
-See: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", eq. 1. Deviation: none; the maths is SFT's,
+Use: train from scratch, or go on with plain text of a domain before SFT.
+See: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", eq. 1.
+Deviation: none; the maths is SFT's,
 `loss_mask` is ignored, and a segment's first token, which nothing predicts, does not count.
 """
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import sft
 from rlhf_jax.types import Array, Mean, Sequences
 
+DEFAULTS = {"z_loss": 0.0}
 RANGES = {"z_loss": (0.0, math.inf)}
 
 

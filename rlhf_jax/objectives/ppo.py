@@ -4,11 +4,11 @@
     A, R = GAE(r, V_old; γ, λ),  A whitened;      c ← c · (1 + clip(KL / kl_target − 1, ±0.2) · n / kl_horizon)
     L = −min( ρ A, clip(ρ, 1 ± clip) A )  +  value_coef · ½ max( (V − R)², (V_clipped − R)² )  −  entropy_coef · H
 
-The maths runs in `prepare`, over the whole rollout and with the carried coefficient c; `loss` sees data only. Means are over tokens.
-
+Use: the reference algorithm of online RLHF: a critic pays where rewards are dense or responses long, at the price of a second network.
 See: Ziegler et al. 2019 (arXiv:1909.08593), eq. 2 and section 2.2; Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022
 (arXiv:2203.02155); Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031).
-Deviation: the score sits on the last response token, not one behind it; tokens that the policy did not write are stepped over;
+Deviation: the maths runs in `prepare`, over the whole rollout and with the carried coefficient c, and `loss` sees data only; means are over
+tokens; the score sits on the last response token, not one behind it; tokens that the policy did not write are stepped over;
 kl_horizon = inf keeps the coefficient fixed, and kl_coef = 0 needs no reference.
 """
 
@@ -29,6 +29,11 @@ from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum, place_
 from rlhf_jax.ops.policy_gradient import clipped_surrogate, clipped_value_loss, value_is_clipped
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
+NEEDS = {"reference": "kl_coef", "critic": "", "reward": ""}
+DEFAULTS = {
+    "kl_coef": 0.05, "kl_target": 6.0, "kl_horizon": math.inf, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "value_coef": 0.1,
+    "entropy_coef": 0.0, "missing_eos_penalty": 1.0, "reward_scale": 1.0, "reward_clip": math.inf, "whiten_rewards": False,
+}
 RANGES = {
     "kl_coef": (0.0, math.inf), "kl_target": (1e-9, math.inf), "kl_horizon": (1e-9, math.inf), "gamma": (0.0, 1.0), "lam": (0.0, 1.0),
     "clip": (0.0, 1.0), "value_clip": (0.0, math.inf), "value_coef": (0.0, math.inf), "entropy_coef": (0.0, math.inf),

@@ -2,8 +2,10 @@
 
     L = −log σ( r(x, y_w) − r(x, y_l) − m )  +  center_coef · ( r(x, y_w) + r(x, y_l) )²
 
+Use: learn a scalar reward from preference pairs, for PPO, GRPO and best-of-n.
 See: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, with K = 2; margin m: Touvron et al. 2023, Llama 2 (arXiv:2307.09288), eq. 2;
-centring: Eisenstein et al. 2023, "Helping or Herding?" (arXiv:2312.09244). Deviation: none; a batch without margins has m = 0.
+centring: Eisenstein et al. 2023, "Helping or Herding?" (arXiv:2312.09244).
+Deviation: none; a batch without margins has m = 0.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rlhf_jax.objectives._pairs import reward_metrics
 from rlhf_jax.ops.masking import at_last_real
 from rlhf_jax.types import Array, Comparisons, Mean
 
+DEFAULTS = {"center_coef": 0.0}
 RANGES = {"center_coef": (0.0, math.inf)}
 
 

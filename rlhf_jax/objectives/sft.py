@@ -2,6 +2,7 @@
 
     L = mean over the batch's response tokens of  −log π(y_t | x, y_<t)  +  z_loss · (log Σ_v exp z_v)²
 
+Use: teach a base model to answer, from demonstrations; where nearly every alignment begins.
 See: Ouyang et al. 2022 (arXiv:2203.02155), section 3.5; the z-loss is Chowdhery et al. 2022, PaLM (arXiv:2204.02311), section 5.
 Deviation: none. The mean is over the tokens of the global batch, so a token weighs the same in a long response as in a short one.
 """
@@ -18,6 +19,7 @@ from rlhf_jax.ops import vocab
 from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.types import Array, Mean, Sequences
 
+DEFAULTS = {"z_loss": 0.0}
 RANGES = {"z_loss": (0.0, math.inf)}
 
 

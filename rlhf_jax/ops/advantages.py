@@ -38,6 +38,7 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
     """
     chex.assert_rank([rewards, values, mask], 2)
     chex.assert_equal_shape([rewards, values, mask])
+    rewards, values = rewards.astype(jnp.float32), values.astype(jnp.float32)
 
     def step(after: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         next_value, next_advantage = after

@@ -153,6 +153,7 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
     except re.error as error:
         raise UserError(f"config.trainable = {c['trainable']!r} is not a regular expression: {error}") from error
     _check_run(c, model, online)
+    _check_needs(c, objective, online)
     _check_files(c)
     return c, objective
 
@@ -194,10 +195,25 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
     if critic["kind"] != "separate" and critic["init_from"] not in ("", "policy"):
         raise UserError(f"config.critic.init_from = {critic['init_from']!r} has no effect with config.critic.kind = {critic['kind']!r}: "
                         "set kind = 'separate', or init_from = ''")
-    if c["objective"].get("advantage_eps") is not None and sampling["group_size"] < 2:
-        raise UserError(f"config.sampling.group_size = {sampling['group_size']}: an advantage within a group needs at least 2 samples per prompt")
-    if bool(c["reward_from"]) == bool(c["reward_fn"]):
+
+
+def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: bool) -> None:
+    """What the objective's module says that the run must have."""
+    name, needs = objective.name, objective.needs
+    if "reference" in needs and not c["reference_from"]:
+        raise UserError(f"config.reference_from = '': {name} compares the policy with a reference; name a run, or 'init' for the initial policy")
+    if not online:
+        return
+    if "critic" in needs and c["critic"]["kind"] == "none":
+        raise UserError(f"config.critic.kind = 'none': {name} needs values; choose 'separate' or 'shared'")
+    if "group" in needs and c["sampling"]["group_size"] < 2:
+        raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} compares samples of one prompt with each other, "
+                        "at least 2 of them")
+    if "reward" in needs and bool(c["reward_from"]) == bool(c["reward_fn"]):
         raise UserError(f"config.reward_from = {c['reward_from']!r} and config.reward_fn = {c['reward_fn']!r}: set exactly one of them")
+    if "reward" not in needs and (c["reward_from"] or c["reward_fn"]):
+        key = "reward_from" if c["reward_from"] else "reward_fn"
+        raise UserError(f"config.{key} = {c[key]!r}: {name} reads no score; set it to ''")
 
 
 def _check_files(c: Mapping[str, Any]) -> None:

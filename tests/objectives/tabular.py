@@ -2,11 +2,12 @@
 
     policy  logits [V, V] by the token before        critic  V [V] by the token before        reward  [V], summed over the row so far
 
-It keeps law 1's alignment and honours `loss_positions`, `want`, `along`-free vocabulary functions and the temperature, like the real one.
+It keeps law 1's alignment and honours `loss_positions`, `want`, `along` and the temperature, like the real one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.ops import masking, vocab
-from rlhf_jax.types import Array, Comparisons, Mean, Rollout, Sequences
+from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Rollout, Sequences, Unpaired
 
 
 @struct.dataclass
@@ -32,7 +33,7 @@ class TabularNets:
     def policy(self, seqs: Sequences, keys: Array | None = None, want: tuple[Any, ...] = (vocab.logps,), along: Any = None) -> Any:
         if self.calls is not None:
             self.calls.append(want)
-        return self._read(self.params["policy"], seqs, want)
+        return self._read(self.params["policy"], seqs, want, along)
 
     def ref(self, seqs: Sequences, want: tuple[Any, ...] = (vocab.logps,)) -> Any:
         return self._read(self.frozen["ref"], seqs, want)
@@ -41,14 +42,21 @@ class TabularNets:
         scores = jnp.cumsum(jnp.where(seqs.segment_ids != 0, self.params["reward"][seqs.tokens], 0.0), axis=-1)
         return types.SimpleNamespace(scores=jnp.where(seqs.segment_ids != 0, scores, 0.0))
 
-    def _read(self, table: Array, seqs: Sequences, want: tuple[Any, ...]) -> Any:
+    def unembed(self, name: str, hidden: Array) -> Array:
+        """A table's hidden states are its logits."""
+        return hidden / self.temperature
+
+    def _read(self, table: Array, seqs: Sequences, want: tuple[Any, ...], along: Any = None) -> Any:
         before = jnp.concatenate([seqs.tokens[..., :1], seqs.tokens[..., :-1]], axis=-1)
         starts = masking.segment_starts(seqs.segment_ids)
         headless = starts
         if seqs.loss_positions is not None:
             chosen = jax.nn.one_hot(seqs.loss_positions, seqs.tokens.shape[-1]).any(-2)
             headless = starts | ~chosen
-        out = {f.__name__: jnp.where(headless, 0.0, f(table[before] / self.temperature, seqs.tokens)) for f in want if callable(f)}
+        out = {f.__name__: jnp.where(headless, 0.0, f(table[before] / self.temperature, seqs.tokens, **(along or {})))
+               for f in want if callable(f)}
+        if "hidden" in want:
+            out["hidden"] = table[seqs.tokens]
         if "values" in want:
             out["values"] = jnp.where(starts, 0.0, self.params["critic"][before])
         return types.SimpleNamespace(**out)
@@ -93,9 +101,14 @@ def sequences(
 @jax.jit
 def with_reference(fake: TabularNets, batch: Any) -> Any:
     """What the step does before `prepare`."""
-    seqs = batch if isinstance(batch, Sequences) else batch.seqs
-    seqs = seqs.replace(ref_logps=fake.ref(seqs).logps)
-    return seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
+
+    def fill(seqs: Sequences) -> Sequences:
+        return seqs.replace(ref_logps=fake.ref(seqs).logps)
+
+    if isinstance(batch, Sequences):
+        return fill(batch)
+    found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return batch.replace(**{name: fill(value) for name, value in found.items() if isinstance(value, Sequences)})
 
 
 def comparisons(
@@ -104,6 +117,21 @@ def comparisons(
     """Random pairs, with random margins if asked; the last is filler if asked."""
     margins = jnp.asarray(rng.random(rows), jnp.float32) if margin else None
     return Comparisons(seqs=sequences(rng, (rows, 2, length), vocabulary, filler=filler), margin=margins)
+
+
+def unpaired(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, filler: bool = False) -> Unpaired:
+    """Random responses, rows 0 and 1 of either kind, with random rows for the estimate of the KL; the last is filler if asked."""
+    desirable = rng.random(rows) < 0.5
+    desirable[:2] = True, False
+    seqs, others = (sequences(rng, (rows, length), vocabulary, filler=filler) for _ in range(2))
+    return Unpaired(seqs=seqs, kl_seqs=others, desirable=jnp.asarray(desirable))
+
+
+def labelled(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, filler: bool = False) -> Labelled:
+    """Rows with a label of 0 or 1 at some loss tokens, the weight 2 at a few; the last is filler, with labels, if asked."""
+    seqs = sequences(rng, (rows, length), vocabulary, filler=filler)
+    targets = jnp.asarray(rng.integers(0, 2, (rows, length)), jnp.float32)
+    return Labelled(seqs=seqs, targets=targets, weights=seqs.loss_mask * jnp.asarray(rng.choice([0.0, 1.0, 2.0], (rows, length)), jnp.float32))
 
 
 def rollout(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, group: int = 2, filler: bool = False) -> Rollout:

@@ -11,7 +11,7 @@ from rlhf_jax import objectives
 from rlhf_jax.errors import UserError
 from rlhf_jax.objectives import _rollouts, grpo
 from tests.objectives import tabular
-from tests.objectives.settings import GRPO
+from tests.objectives.settings import CONFIGS
 from tests.reference import objectives as slow
 from tests.reference.numeric import gradient
 
@@ -20,7 +20,7 @@ V = 4
 
 @functools.cache
 def bind(**changes):
-    return objectives.bind({**GRPO, **changes})
+    return objectives.bind({**CONFIGS["grpo"], **changes})
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -32,7 +32,7 @@ def test_value_and_gradient(beta, group):
     prepared, _, _ = tabular.prepare(bound, old, batch)
     fake = old.replace(params={"policy": old.params["policy"] + jnp.asarray(0.3 * rng.normal(size=(V, V)), jnp.float32)})
     (before, ref), new = tabular.float64(old), tabular.float64(fake)[0]["policy"]
-    f = lambda t: slow.grpo(t, before["policy"], ref, tabular.as_numpy(batch), {**GRPO, "beta": beta})  # noqa: E731
+    f = lambda t: slow.grpo(t, before["policy"], ref, tabular.as_numpy(batch), {**CONFIGS["grpo"], "beta": beta})  # noqa: E731
     value, slopes = tabular.objective(bound, fake, prepared)
     np.testing.assert_allclose(value, f(new), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(slopes["policy"], gradient(f, new), rtol=2e-3, atol=1e-5)

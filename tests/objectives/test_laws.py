@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import objectives
-from rlhf_jax.types import Mean, Sequences
+from rlhf_jax.types import Mean, Rollout, Sequences
 from tests.objectives import tabular
-from tests.objectives.settings import CONFIGS, V, case
+from tests.objectives.settings import CONFIGS, V, case, random_batch
 
 NAMES = sorted(CONFIGS)
 
@@ -29,7 +29,9 @@ def test_every_built_in_objective_is_tested_here():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_module_cites_its_paper_and_has_no_defaults(name):
     module = objectives.load(name)
-    assert "See: " in module.__doc__ and "Deviation: " in module.__doc__
+    for label in ("Use: ", "See: ", "Deviation: "):
+        assert f"\n{label}" in module.__doc__, label
+    assert module.DEFAULTS.keys() == dict(objectives.bind(CONFIGS[name]).hyperparameters).keys()
     for function in vars(module).values():
         if inspect.isfunction(function) and function.__module__ == module.__name__:
             assert all(p.default is p.empty for p in inspect.signature(function).parameters.values()), function
@@ -75,7 +77,7 @@ def scrambled(batch, seed=7):
     if isinstance(batch, Sequences):
         return seqs(batch)
     spoil = {f.name: getattr(batch, f.name).at[-1].set(1e6) for f in dataclasses.fields(batch)
-             if f.name in ("scores", "margin") and getattr(batch, f.name) is not None}
+             if f.name in ("scores", "margin", "targets") and getattr(batch, f.name) is not None}
     return batch.replace(seqs=seqs(batch.seqs), **spoil)
 
 
@@ -83,13 +85,13 @@ def scrambled(batch, seed=7):
 def test_padding_and_filler_rows_hold_nothing_that_counts(name):
     rng = np.random.default_rng(3)
     bound, fake, _ = case(name)
-    make = {"Sequences": lambda: tabular.sequences(rng, (6, 8), V, filler=True),
-            "Comparisons": lambda: tabular.comparisons(rng, 6, 8, V, filler=True, margin=True),
-            "Rollout": lambda: tabular.rollout(rng, 6, 8, V, filler=True)}[bound.batch_type.__name__]
-    clean = tabular.with_reference(fake, make())
-    longer = jax.tree.map(lambda x: x[:-1], clean)  # the filler row taken away: rows 0–4 form the same groups
+    clean = tabular.with_reference(fake, random_batch(bound.batch_type, rng, rows=8, packed=False))
+    if isinstance(clean, Rollout):  # a whole group of filler, which can be taken away
+        filler = jnp.arange(8) >= 6
+        clean = clean.replace(seqs=clean.seqs.replace(segment_ids=jnp.where(filler[:, None], 0, clean.seqs.segment_ids)))
+    fewer = jax.tree.map(lambda x: x[:6 if isinstance(clean, Rollout) else 7], clean)  # the filler rows taken away
     results = []
-    for batch in (clean, scrambled(clean), longer):
+    for batch in (clean, scrambled(clean), fewer):
         batch, carry, prepared = tabular.prepare(bound, fake, batch)
         results.append((*tabular.loss(bound, fake, batch), prepared, carry, tabular.objective(bound, fake, batch)))
     close(results[0], results[1])
@@ -98,10 +100,10 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
-    bound, fake, batch = case(name, filler=False)
-    seqs = batch if isinstance(batch, Sequences) else batch.seqs
-    seqs = seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))
-    batch = seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
+    bound, fake, _ = case(name)
+    batch = tabular.with_reference(fake, random_batch(bound.batch_type, np.random.default_rng(0), packed=False))
+    empty = lambda seqs: seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))  # noqa: E731
+    batch = empty(batch) if isinstance(batch, Sequences) else batch.replace(seqs=empty(batch.seqs))
     batch, _, metrics = tabular.prepare(bound, fake, batch)
     value, gradient = tabular.objective(bound, fake, batch)
     assert float(value) == 0.0
@@ -109,7 +111,7 @@ def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
     assert all(np.isfinite(m.compute()) for m in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["dpo", "ppo", "grpo", "reward"])
+@pytest.mark.parametrize("name", NAMES)
 def test_log_ratios_of_fifty_nats_stay_finite(name):
     bound, fake, batch = case(name)
     for shift in (-50.0, 50.0):
@@ -131,6 +133,16 @@ def test_the_head_on_loss_positions_only_changes_nothing(name):
     seqs = seqs.replace(loss_positions=jnp.asarray(positions))
     sparse = seqs if isinstance(batch, Sequences) else batch.replace(seqs=seqs)
     close(tabular.objective(bound, fake, batch), tabular.objective(bound, fake, sparse))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_inputs_stay_finite(name):
+    bound, fake, _ = case(name)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fake)
+    batch = tabular.with_reference(half, random_batch(bound.batch_type, np.random.default_rng(0), packed=False))
+    batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, batch)
+    value, gradient = tabular.objective(bound, half, tabular.prepare(bound, half, batch)[0])
+    assert np.isfinite(value) and all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradient))
 
 
 def test_a_pair_objective_refuses_other_numbers_of_branches():

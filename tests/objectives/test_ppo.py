@@ -11,7 +11,7 @@ from rlhf_jax import objectives
 from rlhf_jax.errors import UserError
 from rlhf_jax.objectives import ppo
 from tests.objectives import tabular
-from tests.objectives.settings import PPO
+from tests.objectives.settings import CONFIGS
 from tests.reference import objectives as slow
 from tests.reference.numeric import gradient
 
@@ -20,7 +20,7 @@ V, INF = 4, float("inf")
 
 @functools.cache
 def bind(**changes):
-    return objectives.bind({**PPO, **changes})
+    return objectives.bind({**CONFIGS["ppo"], **changes})
 
 
 @pytest.mark.parametrize("changes", [
@@ -28,7 +28,7 @@ def bind(**changes):
 ])
 def test_prepare_and_loss_against_the_loops(changes):
     rng = np.random.default_rng(0)
-    h, bound, old = {**PPO, **changes}, bind(**changes), tabular.nets(rng, V)
+    h, bound, old = {**CONFIGS["ppo"], **changes}, bind(**changes), tabular.nets(rng, V)
     batch = tabular.with_reference(old, tabular.rollout(rng, 5, 7, V, filler=True))
     prepared, carry, metrics = tabular.prepare(bound, old, batch)
     (tables, ref), numpy = tabular.float64(old), tabular.as_numpy(batch)

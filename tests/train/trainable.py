@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import objectives
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.objectives import Objective
 from rlhf_jax.train.step import fill_reference, gradients
@@ -18,18 +19,21 @@ from tests.models import tiny
 from tests.objectives import tabular
 from tests.objectives.settings import bound
 
-NAMES = ("sft", "lm", "reward", "dpo", "ppo", "grpo")
+NAMES = tuple(objectives.names())
+# Of every type of batch and of normalisation, in CI; the other objectives' turn comes with the slow tests.
+REPRESENTATIVE = ("sft", "reward", "dpo", "ppo", "grpo")
 MODEL = tiny.config(vocab_size=16, scan_layers=True, outputs=("lm", "value"))
 SCORER = tiny.config(vocab_size=16, scan_layers=True, outputs=("score",))
+SCORERS = ("reward",)  # objectives that train a reward model
 OPTIMIZER = {"name": "adamw", "lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8,
              "muon_beta": 0.95, "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.0, "moment_dtype": "float32"}
 
 
 def networks(name: str) -> Networks:
     """The objective's networks: one that trains, a reference that differs from it, and a value head."""
-    if name == "reward":
+    if name in SCORERS:
         return Networks({"reward": tiny.params(SCORER)}, {}, NetworkSpec(reward=SCORER))
-    frozen = {"ref": tiny.params(MODEL, 7)} if name in ("dpo", "ppo", "grpo") else {}
+    frozen = {"ref": tiny.params(MODEL, 7)} if "reference" in bound(name).needs else {}
     return Networks({"policy": tiny.params(MODEL)}, frozen, NetworkSpec(policy=MODEL, temperature=0.9))
 
 
