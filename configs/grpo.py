@@ -25,7 +25,20 @@ def get_config(arg: str = "") -> ConfigDict:
     c.critic = ConfigDict(dict(kind="none", init_from=""))  # none | shared (trunk) | separate; init_from: policy | a run | ""
 
     c.objective = ConfigDict(dict(
-        name="grpo", beta=0.04, clip_low=0.2, clip_high=0.2, advantage_eps=1e-4, missing_eos_penalty=1.0,
+        name="grpo",
+        beta=0.04, kl_estimator="k3", kl_in="loss",  # k1 | k2 | k3; loss | reward
+        unbiased_kl=False,  # the KL in the loss times new/old
+        clip_low=0.2, clip_high=0.2, dual_clip=float("inf"),  # the last: largest ratio that counts where the advantage is negative
+        ratio_level="token",  # token | sequence | sequence_token
+        entropy_coef=0.0,
+        advantage_scale="group", advantage_eps=1e-4,  # group | batch | none: whose deviation divides; eps in units of the score
+        missing_eos_penalty=0.0,  # reward; subtracted from a truncated completion's score
+        overlong_length=0, overlong_buffer=0,  # tokens: DAPO's soft punishment of length; 0 = off
+        mask_truncated=False,  # no training on rows without a stop token
+        filter_groups=False,  # nor on groups of equal scores
+        entropy_quantile=0.0,  # 0.8 trains on the fifth of the tokens with the highest entropy
+        off_policy_kl=float("inf"),  # nats per token beyond which a row with a negative advantage is left out
+        correction="none", correction_low=0.0, correction_high=3.0,  # old/sampler: none | token_ | sequence_ with truncate | mask
     ))
 
     c.model = ConfigDict(dict(
@@ -61,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
         batch_size=256,  # completions per iteration
         microbatches=4,  # gradient accumulation
         epochs=1,  # passes over a batch
-        minibatches=1,  # updates per pass
+        minibatches=1,  # updates per pass; with one of both the ratio is 1, and nothing is clipped
         max_nonfinite=10,  # skipped updates in a row after which the run stops
     ))
     c.sampling = ConfigDict(dict(
@@ -124,7 +137,7 @@ def _demo(c: ConfigDict) -> None:
     _small_model(c)
     c.tokenizer.kind = "inherit"
     c.data.update(prompt_length=36)
-    c.objective.update(beta=0.1, advantage_eps=0.2)
+    c.objective.update(beta=0.1, advantage_eps=0.2, missing_eos_penalty=1.0)
     c.run.update(steps=120, batch_size=128, microbatches=1)
     c.sampling.update(group_size=8, max_new_tokens=16)
     c.optimizer.update(lr=1e-4, schedule="linear", end_lr_ratio=0.0, warmup_steps=10)

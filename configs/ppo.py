@@ -26,8 +26,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.objective = ConfigDict(dict(
         name="ppo", kl_coef=0.05, kl_target=6.0, kl_horizon=float("inf"),  # a finite horizon (sequences) adapts the coefficient
+        kl_estimator="k1",  # k1 | k2 | k3
         gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, value_coef=0.1, entropy_coef=0.0,
+        dual_clip=float("inf"),  # largest ratio that counts where the advantage is negative
         missing_eos_penalty=1.0, reward_scale=1.0, reward_clip=float("inf"), whiten_rewards=False,
+        correction="none", correction_low=0.0, correction_high=3.0,  # old/sampler: none | token_ | sequence_ with truncate | mask
     ))
 
     c.model = ConfigDict(dict(

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.trainable = ".*"  # regular expression over parameter paths; what does not match stays frozen
     c.reference_from = ""  # "" = none; "init" = the initial policy; or a run
 
-    c.objective = ConfigDict(dict(name="sft", z_loss=0.0))
+    c.objective = ConfigDict(dict(name="sft", label_smoothing=0.0, z_loss=0.0))
 
     c.model = ConfigDict(dict(
         vocab_size=32_000,  # tokens, at least the tokenizer's

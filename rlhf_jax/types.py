@@ -46,15 +46,15 @@ class Sequences(struct.PyTreeNode, kw_only=True):
 
 
 class Comparisons(struct.PyTreeNode, kw_only=True):
-    """K responses to one prompt, best first; a pair is K = 2."""
+    """K responses to one prompt, best first; a pair is K = 2. A ranking of fewer responses than K ends in empty branches."""
 
     seqs: Sequences  # tokens [B, K, T]
     margin: Array | None = None  # [B] float32, how much better the first one was said to be
 
     @property
     def real(self) -> Array:
-        """[B] bool; a comparison is real when every branch is."""
-        return self.seqs.real.all(-1)
+        """[B] bool; a comparison is real when its first two branches are. Which of a ranking's branches are empty says `seqs.real`."""
+        return self.seqs.real[..., :2].all(-1)
 
 
 class Unpaired(struct.PyTreeNode, kw_only=True):
@@ -93,6 +93,7 @@ class Prompts(struct.PyTreeNode, kw_only=True):
     prompt_ids: Array  # [B] int32, identity of the prompt in its data set; keys the randomness
     sample_ids: Array  # [B] int32, which of the prompt's samples this row is
     group_ids: Array  # [B] int32, dense in [0, B); rows of one prompt share it
+    ptx: Sequences | None = None  # [B, T'], rows of another data set, which go with the prompts into the rollout
 
     @property
     def real(self) -> Array:

@@ -87,10 +87,10 @@ def test_four_microbatches_on_a_mesh_are_one_batch_on_one_device():
 # --- who holds what ---
 
 
-def start(on, name: str, pattern: str = ".*") -> Start:
+def start(on, name: str, pattern: str = ".*", objective: str = "sft") -> Start:
     tx, _ = optimizer.build({**trainable.OPTIMIZER, "name": name, "ema_decay": 0.5}, 10)
     config = {"seed": 0, "trainable": pattern}
-    return Start(config, bound("sft"), NetworkSpec(policy=trainable.MODEL), tx, {"policy": trainable.MODEL}, {}, on)
+    return Start(config, bound(objective), NetworkSpec(policy=trainable.MODEL), tx, {"policy": trainable.MODEL}, {}, on, {})
 
 
 def held(x) -> tuple[int, ...]:
@@ -119,6 +119,17 @@ def test_parameters_are_sharded_and_the_optimizers_state_follows(name):
     kernels = sum("kernel" in jax.tree_util.keystr(p) and "layers" in jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(policy))
     moments = 2 * len(where) - (kernels if name == "muon" else 0)  # Muon keeps one moment of a matrix
     assert followed == moments + len(where)  # and the moving average
+
+
+def test_a_carry_that_holds_parameters_is_sharded_like_them():
+    begun = start(mesh("all"), "adamw", objective="tr_dpo")
+    state = begun.state()
+    same = jax.tree.map(lambda ref, x: ref.sharding.is_equivalent_to(x.sharding, x.ndim), state.carry["policy"], state.params["policy"])
+    assert all(jax.tree.leaves(same)) and held(state.carry["policy"]["ends"]["embedding"]) == (8, 8)
+    assert state.carry["batches"].sharding.is_fully_replicated
+    buffers = [{shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) for shard in x.addressable_shards}
+               for tree in (state.params, state.carry)]
+    assert not buffers[0] & buffers[1]  # a donated buffer that two leaves share is gone for both
 
 
 def test_the_first_state_does_not_depend_on_the_mesh():

@@ -43,14 +43,11 @@ OPTIMIZER = dict(
     weight_decay=0.0, clip_norm=0.0, ema_decay=0.0, moment_dtype="float32",
 )
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": dict(name="sft", z_loss=0.0),
+    "sft": dict(name="sft", label_smoothing=0.0, z_loss=0.0),
     "reward": dict(name="reward", center_coef=0.0),
     "dpo": dict(name="dpo", beta=0.1),
-    "ppo": dict(
-        name="ppo", kl_coef=0.05, kl_target=6.0, kl_horizon=float("inf"), gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, value_coef=0.1,
-        entropy_coef=0.0, missing_eos_penalty=0.0, reward_scale=1.0, reward_clip=float("inf"), whiten_rewards=False,
-    ),
-    "grpo": dict(name="grpo", beta=0.04, clip_low=0.2, clip_high=0.2, advantage_eps=1e-4, missing_eos_penalty=0.0),
+    "ppo": {"name": "ppo", **objectives.load("ppo").DEFAULTS, "missing_eos_penalty": 0.0},
+    "grpo": {"name": "grpo", **objectives.load("grpo").DEFAULTS, "missing_eos_penalty": 0.0},
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": "train any objective: SFT, reward model, DPO, PPO, GRPO …, or resume a run",
     "sample": "complete prompts with a trained policy",
+    "objectives": "list the objectives, or show one with its equation and hyper-parameters",
     "eval": "evaluate a trained policy or reward model on held-out data",
 }
 PREEMPTED = 75
@@ -21,7 +22,7 @@ PREEMPTED = 75
 
 def usage() -> str:
     """What `rlhf-jax --help` prints."""
-    rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
     return f"usage: rlhf-jax COMMAND [flags]\n\n{rows}\n\n`rlhf-jax COMMAND --help` lists a command's flags."
 
 
@@ -57,16 +58,18 @@ def run(name: str, arguments: list[str]) -> int:
     if {"-h", "--help", "-help"} & set(arguments):
         print((command.__doc__ or "").strip() + "\n\nflags:\n" + _flag_help(command.FLAGS_HELP))
         return 0
-    return guarded(name, arguments, lambda _: command.main())
+    operands = getattr(command, "OPERANDS", 0)
+    return guarded(name, arguments, lambda rest: command.main(rest[1:]) if operands else command.main(), operands)
 
 
-def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | None]) -> int:
+def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | None], operands: int = 0) -> int:
     """Parses flags and runs `body`; a user's mistake becomes one sentence and exit code 2.
 
     Args:
       name: of the command, for messages.
       arguments: the command line after it.
-      body: gets what is left beside the flags, always nothing.
+      body: gets the name and what is left beside the flags.
+      operands: how many words besides flags are legal.
     """
     from absl import flags, logging
 
@@ -79,9 +82,9 @@ def guarded(name: str, arguments: list[str], body: Callable[[list[str]], int | N
     try:
         check_overrides(arguments)
         rest = _parse(name, arguments)
-        if rest:
-            return fail(f"{name}: {rest[0]!r} is no flag: flags start with --")
-        return body([name]) or 0
+        if len(rest) > operands:
+            return fail(f"{name}: {rest[operands]!r} is no flag: flags start with --")
+        return body([name, *rest]) or 0
     except UserError as error:
         return fail(str(error))
     except flags.Error as error:

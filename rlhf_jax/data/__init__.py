@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.data import prepare as preparation  # the name `prepare` stays the module's
 from rlhf_jax.data.batches import ComparisonData, Dataset, PromptData, SequenceData, check_batching
 from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.judged import FeedbackData, LabelledData
 from rlhf_jax.data.prefetch import Prefetcher
 from rlhf_jax.data.readers import Paths, read_records
-from rlhf_jax.data.records import KINDS, Preference, Record, Text
+from rlhf_jax.data.records import KINDS, Demo, Feedback, Message, Preference, Prompt, Ranking, Rating, Record, Stepwise, Text
 from rlhf_jax.data.shipped import default_cache, sample_file
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, nearest
 
 __all__ = [
-    "ChatTemplate", "ComparisonData", "Dataset", "Prefetcher", "PromptData", "SequenceData", "Tokenizer", "default_cache", "open_dataset",
-    "sample_file", "train_tokenizer",
+    "ChatTemplate", "ComparisonData", "Dataset", "FeedbackData", "LabelledData", "Prefetcher", "PromptData", "SequenceData", "Tokenizer",
+    "default_cache", "open_dataset", "sample_file", "train_tokenizer",
 ]
 
 
@@ -42,7 +44,7 @@ def open_dataset(
     """Prepares `path` (once; later calls find it in `cache`) and opens it.
 
     Args:
-      kind: demo, text, preference or prompt.
+      kind: one of `records.KINDS`: demo, text, preference, ranking, feedback, rating, stepwise or prompt.
       path: a .jsonl file, a folder of them, or a list of either.
       tokenizer: makes the ids; its `pad_id` is written on padding.
       template: a shipped chat template's name or a file; not read for text.
@@ -76,16 +78,19 @@ def open_dataset(
     if kind == "prompt":
         assert prompt_length is not None
         return PromptData(prepared, prompt_length=prompt_length, group_size=group_size, **shared)
-    if kind == "preference":
-        return ComparisonData(prepared, max_length=max_length, **shared)
-    return SequenceData(prepared, max_length=max_length, packed=pack, **shared)
+    if kind in ("demo", "text"):
+        return SequenceData(prepared, max_length=max_length, packed=pack, **shared)
+    made: dict[str, Callable[..., Dataset[Any]]] = {
+        "preference": ComparisonData, "ranking": ComparisonData, "feedback": FeedbackData, "rating": LabelledData, "stepwise": LabelledData,
+    }
+    return made[kind](prepared, max_length=max_length, **shared)
 
 
 def train_tokenizer(kind: str, path: Paths, vocab_size: int) -> Tokenizer:
     """A byte-level BPE trained on every text of `path`; the same files give the same tokenizer.
 
     Args:
-      kind: demo, text, preference or prompt.
+      kind: one of `records.KINDS`.
       path: as in `open_dataset`.
       vocab_size: tokens, control tokens included.
     """
@@ -93,8 +98,19 @@ def train_tokenizer(kind: str, path: Paths, vocab_size: int) -> Tokenizer:
 
 
 def _texts(record: Record) -> list[str]:
-    if isinstance(record, Text):
-        return [record.text]
-    if isinstance(record, Preference):
-        return [message["content"] for message in (*record.prompt, *record.chosen, *record.rejected)]
-    return [message["content"] for message in record.messages]
+    """Everything that is said in a record."""
+    messages: tuple[Message, ...]
+    match record:
+        case Text():
+            return [record.text]
+        case Stepwise():
+            return [*(message["content"] for message in record.prompt), *record.steps]
+        case Preference():
+            messages = record.prompt + record.chosen + record.rejected
+        case Ranking():
+            messages = sum(record.responses, record.prompt)
+        case Feedback() | Rating():
+            messages = record.prompt + record.response
+        case Demo() | Prompt():
+            messages = record.messages
+    return [message["content"] for message in messages]

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from rlhf_jax.data.packing import Plan, epoch_order, epoch_plan, pack
-from rlhf_jax.data.prepare import Prepared
+from rlhf_jax.data.prepare import Prepared, branches
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Prompts, Sequences
@@ -148,7 +148,7 @@ class SequenceData(Dataset[Sequences]):
     def __init__(self, prepared: Prepared, *, max_length: int, packed: bool, **shared: Any) -> None:
         super().__init__(prepared, **shared)
         self.max_length, self.packed = max_length, packed
-        self.loss_slots = None if packed else _loss_slots(prepared, max_length)
+        self.loss_slots = None if packed else head_slots(prepared, max_length)
         self._ends: dict[int, list[int]] = {}  # by seed: slots up to the end of each epoch planned so far
 
     def _begin(self, epoch: int, seed: int) -> int:
@@ -179,11 +179,13 @@ class SequenceData(Dataset[Sequences]):
 
     def _build(self, packs: Sequence[np.ndarray]) -> Sequences:
         rows = [[(row["tokens"], row["loss_mask"]) for row in map(self.prepared.__getitem__, map(int, pack_))] for pack_ in packs]
-        return _sequences(rows, self.max_length, self.loss_slots, self.pad_id)
+        return right_padded(rows, self.max_length, self.loss_slots, self.pad_id)
 
 
 class ComparisonData(Dataset[Comparisons]):
-    """Pairs, [B, 2, T], the chosen one first; `margin` is None when no row of the files has one, else 0 where a row has none.
+    """Pairs and rankings, [B, K, T], the best response first; K is the most responses of any row, a row with fewer ends in empty branches.
+
+    `margin` is None when no row of the files has one, else 0 where a row has none.
 
     Args:
       max_length: T.
@@ -191,15 +193,18 @@ class ComparisonData(Dataset[Comparisons]):
 
     def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
         super().__init__(prepared, **shared)
-        self.max_length = max_length
-        self.loss_slots = _loss_slots(prepared, max_length)
+        self.max_length, self.branches = max_length, prepared.lengths.shape[1]
+        self.loss_slots = head_slots(prepared, max_length)
         self.has_margins = prepared.stats["margins"] > 0
 
     def _build(self, packs: Sequence[np.ndarray]) -> Comparisons:
         rows = [self.prepared[int(pack_[0])] if len(pack_) else None for pack_ in packs]
-        flat = [[(row[f"{name}_tokens"], row[f"{name}_mask"])] if row else [] for row in rows for name in ("chosen", "rejected")]
-        seqs = _sequences(flat, self.max_length, self.loss_slots, self.pad_id)
-        leaves = {name: leaf.reshape(len(packs), 2, -1) for name, leaf in vars(seqs).items() if leaf is not None}
+        flat: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        for row in rows:
+            found = [[branch] for branch in branches(row)] if row else []
+            flat += found + [[]] * (self.branches - len(found))
+        seqs = right_padded(flat, self.max_length, self.loss_slots, self.pad_id)
+        leaves = {name: leaf.reshape(len(packs), self.branches, -1) for name, leaf in vars(seqs).items() if leaf is not None}
         margin: Any = np.array([row["margin"] if row else 0.0 for row in rows], np.float32) if self.has_margins else None
         return Comparisons(seqs=Sequences(**leaves), margin=margin)
 
@@ -257,14 +262,26 @@ class PromptData(Dataset[Prompts]):
         return Prompts(**leaves)
 
 
-def _loss_slots(prepared: Prepared, max_length: int) -> int | None:
-    """R: the most head positions of any row, rounded up to a multiple of 16; None, meaning everywhere, when that reaches T."""
+def head_slots(prepared: Prepared, max_length: int) -> int | None:
+    """R: the most head positions of any row, rounded up to a multiple of 16; None, meaning everywhere, when that reaches T.
+
+    Args:
+      prepared: the rows.
+      max_length: T.
+    """
     slots = -(-int(prepared.head_lengths.max()) // 16) * 16
     return slots if slots < max_length else None
 
 
-def _sequences(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, slots: int | None, pad_id: int) -> Sequences:
-    """Right-padded rows, each of any number of (tokens, loss mask) segments."""
+def right_padded(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, slots: int | None, pad_id: int) -> Sequences:
+    """Rows [B, T] of any number of segments each, padded on the right.
+
+    Args:
+      rows: B lists of (tokens, loss mask), one pair per segment; none for a filler row.
+      length: T.
+      slots: R of `loss_positions`; None = no such leaf.
+      pad_id: the token written on padding.
+    """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     positions, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     mask = np.zeros((len(rows), length), bool)

@@ -4,6 +4,8 @@ The first token of a response and its end-of-turn token are trained on; the prom
 makes its log-prob zero. Contents are shielded, so that control strings inside a message stay text. `Encoder` also applies the length
 policy: a prompt longer than the context or a row without loss tokens stops with file:line, and a response that runs over it is an
 error, cut, or left out, by `config.data.overlong`, counted in `Stats`.
+The steps of an answer are joined by a line break; a step's verdict sits on the token that holds its last character, and the last step's on
+the row's last token, where every reward model's score is read. A step that a cut leaves incomplete loses its verdict.
 Deviation: a long document is cut into chunks that overlap by one token, so that every token but the first is trained exactly once.
 """
 
@@ -12,17 +14,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.records import Demo, Message, Messages, Preference, Prompt, Record, Text, where
+from rlhf_jax.data.records import Demo, Feedback, Message, Messages, Preference, Prompt, Ranking, Rating, Record, Stepwise, Text, where
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, nearest
 
 OVERLONG = ("error", "truncate", "skip")
+SEPARATOR = "\n"  # between the steps of an answer
 Row = dict[str, Any]  # one row of the prepared set: arrays, text as str
 
 
@@ -34,8 +37,11 @@ class Stats:
     kept: int = 0  # rows written; more than `read` where documents were cut into chunks
     truncated: int = 0  # rows cut at the context
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)  # rows left out, by reason
-    identical: int = 0  # pairs whose two branches are the same tokens: they teach nothing
+    identical: int = 0  # pairs, or rankings, of which two branches are the same tokens: they teach nothing
     margins: int = 0  # pairs with a margin
+    desirable: int = 0  # responses said to be good
+    steps: int = 0  # steps with a verdict
+    steps_cut: int = 0  # verdicts lost at the context
     tokens: int = 0
     loss_tokens: int = 0
 
@@ -50,7 +56,7 @@ class Encoder:
     Args:
       tokenizer: ids and offsets.
       template: the conversation's layout; None serves plain text only.
-      max_length: tokens of context, T ≥ 2; demonstrations, pairs and text.
+      max_length: tokens of context, T ≥ 2; everything but prompts.
       prompt_length: tokens of prompt, P ≥ 1; prompts only.
       overlong: error, truncate or skip.
 
@@ -74,13 +80,21 @@ class Encoder:
     def __call__(self, record: Record) -> Iterator[Row]:
         """The rows that a record becomes: one, none (skipped), or several (chunks of a document)."""
         self.stats.read += 1
-        rows = {Demo: self._demo, Preference: self._preference, Prompt: self._prompt, Text: self._text}[type(record)](record)  # type: ignore[operator]
-        for row in rows:
+        encode = {
+            Demo: self._demo, Text: self._text, Preference: self._preference, Ranking: self._ranking, Feedback: self._feedback,
+            Rating: self._rating, Stepwise: self._stepwise, Prompt: self._prompt,
+        }
+        for row in encode[type(record)](record):  # type: ignore[operator]
             self.stats.kept += 1
             yield row | {"source": record.source, "line": record.line}
 
     def conversation(self, messages: Messages, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n] int32 and loss mask [n] bool of a conversation; the first `context` messages are not trained on."""
+        tokens, mask, _, _ = self._laid_out(messages, context)
+        return tokens, mask
+
+    def _laid_out(self, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """`conversation`, and where each token comes from: offsets [n, 2] in the text."""
         hidden, stand = self._shielded(messages)
         text, spans = self._template.render(hidden)
         begin = 0
@@ -98,7 +112,7 @@ class Encoder:
         for start, end in spans:
             mask |= (offsets[:, 0] < end) & (offsets[:, 1] > max(start, begin))
         mask[:1] = False
-        return tokens, mask
+        return tokens, mask, offsets, text
 
     def prompt(self, messages: Messages) -> np.ndarray:
         """Tokens [n] int32 of a conversation up to where the assistant speaks, its header included."""
@@ -126,8 +140,13 @@ class Encoder:
             )
 
     def _placed(self, record: Record, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask, _, _ = self._checked(record, messages, context)
+        return tokens, mask
+
+    def _checked(self, record: Record, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """`_laid_out`, with the row's place in every complaint."""
         try:
-            tokens, mask = self.conversation(messages, context)
+            tokens, mask, offsets, text = self._laid_out(messages, context)
         except UserError as error:
             raise UserError(f"{where(record)} {error}") from None
         if not mask.any():
@@ -138,7 +157,7 @@ class Encoder:
                 f"{where(record)} prompt expected fewer than {self.max_length} tokens (config.data.max_length), got {first}; "
                 "shorten it or raise the limit"
             )
-        return tokens, mask
+        return tokens, mask, offsets, text
 
     def _fits(self, record: Record, length: int) -> bool:
         """Whether the row is kept, by the policy; cutting is the caller's."""
@@ -160,23 +179,86 @@ class Encoder:
         self.stats.loss_tokens += int(mask.sum())
 
     def _demo(self, record: Demo) -> Iterator[Row]:
-        tokens, mask = self._placed(record, record.messages, record.context)
+        yield from self._one(record, record.messages, record.context)
+
+    def _one(self, record: Record, messages: Messages, context: int, **more: Any) -> Iterator[Row]:
+        """The row of one conversation, if it is kept."""
+        tokens, mask = self._placed(record, messages, context)
         if self._fits(record, len(tokens)):
             tokens, mask = tokens[: self.max_length], mask[: self.max_length]
             self._count(tokens, mask)
-            yield {"tokens": tokens, "loss_mask": mask}
+            yield {"tokens": tokens, "loss_mask": mask, **more}
+
+    def _feedback(self, record: Feedback) -> Iterator[Row]:
+        for row in self._one(record, record.prompt + record.response, len(record.prompt), desirable=np.bool_(record.desirable)):
+            self.stats.desirable += int(record.desirable)
+            yield row
+
+    def _rating(self, record: Rating) -> Iterator[Row]:
+        yield from self._one(record, record.prompt + record.response, len(record.prompt), score=np.float32(record.score))
+
+    def _stepwise(self, record: Stepwise) -> Iterator[Row]:
+        answer = SEPARATOR.join(record.steps)
+        messages = (*record.prompt, Message(role="assistant", content=answer))
+        tokens, mask, offsets, text = self._checked(record, messages, len(record.prompt))
+        ends = self._step_ends(record, answer, mask, offsets, text)
+        if not self._fits(record, len(tokens)):
+            return
+        kept = ends < self.max_length
+        self.stats.steps_cut += int((~kept).sum())
+        if not kept.any():
+            self.stats.skipped["no step ends within config.data.max_length"] += 1
+            self.stats.truncated -= 1  # left out, not cut
+            return
+        tokens, mask = tokens[: self.max_length], mask[: self.max_length]
+        self._count(tokens, mask)
+        self.stats.steps += int(kept.sum())
+        yield {"tokens": tokens, "loss_mask": mask, "steps": ends[kept], "labels": np.array(record.labels)[kept]}
+
+    def _step_ends(self, record: Stepwise, answer: str, mask: np.ndarray, offsets: np.ndarray, text: str) -> np.ndarray:
+        """The position of each step's verdict, [steps] int32, rising."""
+        said = answer.strip()  # a template may strip the answer
+        start = text.find(said, int(offsets[mask][0, 0]))
+        if start < 0:
+            raise UserError(
+                f"{where(record)} completions expected a template that writes an answer as it stands, got "
+                f"{self._template.name!r}, which rewrites it; choose another config.data.template"
+            )
+        start -= len(answer) - len(answer.lstrip())
+        lengths = np.array([len(step) + len(SEPARATOR) for step in record.steps])
+        trailing = np.array([len(step) - len(step.rstrip()) + len(SEPARATOR) for step in record.steps])
+        last = start + np.cumsum(lengths) - trailing - 1  # each step's last character that is not white space
+        # The bytes of one character share its offset, and a token may begin before it: the last one that begins there or before.
+        ends = np.searchsorted(offsets[:, 0], last, side="right") - 1
+        ends[-1] = len(offsets) - 1
+        if (np.diff(ends) <= 0).any():
+            raise UserError(f"{where(record)} completions expected steps that end in a token of their own, got two in one; join them")
+        return ends.astype(np.int32)
 
     def _preference(self, record: Preference) -> Iterator[Row]:
-        branches = [self._placed(record, record.prompt + branch, len(record.prompt)) for branch in (record.chosen, record.rejected)]
-        if not self._fits(record, max(len(tokens) for tokens, _ in branches)):
-            return
-        row: Row = {"margin": np.float32(record.margin or 0.0)}
-        self.stats.margins += int(record.margin is not None)
-        for name, (tokens, mask) in zip(("chosen", "rejected"), branches):
-            row[f"{name}_tokens"], row[f"{name}_mask"] = tokens[: self.max_length], mask[: self.max_length]
-            self._count(row[f"{name}_tokens"], row[f"{name}_mask"])
-        self.stats.identical += int(np.array_equal(row["chosen_tokens"], row["rejected_tokens"]))
-        yield row
+        if branches := self._branches(record, record.prompt, (record.chosen, record.rejected)):
+            row: Row = {"margin": np.float32(record.margin or 0.0)}
+            self.stats.margins += int(record.margin is not None)
+            for name, (tokens, mask) in zip(("chosen", "rejected"), branches):
+                row[f"{name}_tokens"], row[f"{name}_mask"] = tokens, mask
+            yield row
+
+    def _ranking(self, record: Ranking) -> Iterator[Row]:
+        if branches := self._branches(record, record.prompt, record.responses):
+            tokens, masks = zip(*branches)
+            sizes = np.array([len(branch) for branch in tokens], np.int32)
+            yield {"tokens": np.concatenate(tokens), "loss_mask": np.concatenate(masks), "sizes": sizes}
+
+    def _branches(self, record: Record, prompt: Messages, responses: Sequence[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, loss mask) of every response, cut at the context; none if the row is left out."""
+        whole = [self._placed(record, prompt + response, len(prompt)) for response in responses]
+        if not self._fits(record, max(len(tokens) for tokens, _ in whole)):
+            return []
+        branches = [(tokens[: self.max_length], mask[: self.max_length]) for tokens, mask in whole]
+        for tokens, mask in branches:
+            self._count(tokens, mask)
+        self.stats.identical += int(len({tokens.tobytes() for tokens, _ in branches}) < len(branches))
+        return branches
 
     def _prompt(self, record: Prompt) -> Iterator[Row]:
         try:

@@ -31,7 +31,7 @@ from rlhf_jax.errors import UserError
 VERSION = 1  # raise it when the same input gives other rows
 SPLIT = "train"
 _IN_MEMORY = 1 << 23  # tokens; a smaller set is decoded once and kept
-BRANCHES = {"demo": ("",), "text": ("",), "prompt": ("",), "preference": ("chosen_", "rejected_")}
+PAIR = ("chosen", "rejected")
 
 
 def prepare(
@@ -48,7 +48,7 @@ def prepare(
     """The prepared set of these files under these options, built unless it stands in `cache`.
 
     Args:
-      kind: demo, preference, prompt or text.
+      kind: one of `records.KINDS`.
       path: see `readers.data_files`.
       tokenizer, template, max_length, prompt_length, overlong: see `encode.Encoder`.
       cache: the folder of prepared sets.
@@ -78,7 +78,7 @@ class Prepared:
     """A complete set on disk, read by row number (the order of the files).
 
     Attributes:
-      lengths: [N, K] int32, tokens of each branch (K = 2 for pairs).
+      lengths: [N, K] int32, tokens of each branch: K = 2 for pairs, the most responses of any row for rankings, 0 where a row has fewer.
       head_lengths: [N, K] int32, positions that a head must visit: loss tokens and the last token; zero for prompts.
       stats: what became of the files' rows, see `encode.Stats`.
     """
@@ -116,6 +116,21 @@ class Prepared:
             return row
 
 
+def branches(row: Row) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, loss mask) of a row's responses, best first; one where it does not compare any, and a prompt's mask is empty.
+
+    Args:
+      row: of any kind, as the encoder made it.
+    """
+    if "tokens" not in row:
+        return [(row[f"{name}_tokens"], row[f"{name}_mask"]) for name in PAIR]
+    mask = row.get("loss_mask", np.zeros(0, bool))
+    if "sizes" not in row:
+        return [(row["tokens"], mask)]
+    ends = np.cumsum(row["sizes"])[:-1]
+    return list(zip(np.split(row["tokens"], ends), np.split(mask, ends)))
+
+
 def _build(folder: str, kind: str, files: list[str], encoder: Encoder, identity: dict[str, Any]) -> None:
     parent, name = os.path.split(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
@@ -142,8 +157,8 @@ def _write(temporary: str, kind: str, files: list[str], encoder: Encoder, identi
         try:
             for record in read_records(kind, files):
                 for row in encoder(record):
-                    lengths.append([len(row[f"{branch}tokens"]) for branch in BRANCHES[kind]])
-                    head_lengths.append([_head_length(row, branch) for branch in BRANCHES[kind]])
+                    lengths.append([len(tokens) for tokens, _ in branches(row)])
+                    head_lengths.append([_head_length(mask) for _, mask in branches(row)])
                     yield len(lengths) - 1, row | {"source": os.path.basename(row["source"])}  # the key is a running number: no duplicates
         except UserError as error:
             failure.append(error)
@@ -158,16 +173,23 @@ def _write(temporary: str, kind: str, files: list[str], encoder: Encoder, identi
             raise UserError(f"{files[0]}:1 rows expected at least one to be kept, got none; see config.data.overlong") from None
         raise
     shutil.rmtree(os.path.join(temporary, "downloads"), ignore_errors=True)
-    np.save(os.path.join(temporary, "lengths.npy"), np.asarray(lengths, np.int32))
-    np.save(os.path.join(temporary, "head_lengths.npy"), np.asarray(head_lengths, np.int32))
-    stats = encoder.stats.as_dict() | {"kind": kind, "identity": identity, "longest": int(np.max(lengths))}
+    np.save(os.path.join(temporary, "lengths.npy"), _rectangular(lengths))
+    np.save(os.path.join(temporary, "head_lengths.npy"), _rectangular(head_lengths))
+    stats = encoder.stats.as_dict() | {"kind": kind, "identity": identity, "longest": int(_rectangular(lengths).max())}
     with open(os.path.join(temporary, "stats.json"), "w", encoding="utf-8") as stream:
         json.dump(stats, stream, indent=1, sort_keys=True)
 
 
-def _head_length(row: Row, branch: str) -> int:
-    mask = row.get(f"{branch}mask" if branch else "loss_mask")
-    return 0 if mask is None else int(mask.sum()) + int(not mask[-1])
+def _head_length(mask: np.ndarray) -> int:
+    return int(mask.sum()) + int(not mask[-1]) if len(mask) else 0
+
+
+def _rectangular(rows: list[list[int]]) -> np.ndarray:
+    """[N, K] int32, short rows filled up with 0."""
+    found = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
+    return found
 
 
 def _sweep(parent: str) -> None:
@@ -212,13 +234,17 @@ def _builder_class():
         fields = {"source": features.Text(), "line": features.Scalar(np.int64)}
         if kind == "preference":
             fields |= {"margin": features.Scalar(np.float32)}
-            for branch in BRANCHES[kind]:
-                fields |= {f"{branch}tokens": tokens(), f"{branch}mask": mask()}
+            for name in PAIR:
+                fields |= {f"{name}_tokens": tokens(), f"{name}_mask": mask()}
         elif kind == "prompt":
             fields |= {"tokens": tokens(), "messages": features.Text(), "reference": features.Text()}
         else:
             fields |= {"tokens": tokens(), "loss_mask": mask()}
-        return features.FeaturesDict(fields)
+        more = {
+            "ranking": {"sizes": tokens()}, "feedback": {"desirable": features.Scalar(np.bool_)}, "rating": {"score": features.Scalar(np.float32)},
+            "stepwise": {"steps": tokens(), "labels": mask()},
+        }
+        return features.FeaturesDict(fields | more.get(kind, {}))
 
     class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[name-defined,call-arg]
         """Rows of one kind in the order of their files."""

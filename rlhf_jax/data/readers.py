@@ -2,6 +2,9 @@
 
 demo: `messages` | `prompt` + `completion` | `instruction` (+ `input`) + `output` (Alpaca) | `prompt` + `response`.
 preference: `prompt` + `chosen` + `rejected`, or `chosen` + `rejected` as whole conversations with a common beginning; `margin`.
+ranking: `prompt` + `responses`, best first, or `prompt` + `completions` + `scores`, which must differ.
+feedback: `label` (true: good), rating: `score` (a number); each with `prompt` + `completion` | `prompt` + `response` | `messages`, whose last
+message is what is judged. stepwise: `prompt` + `completions` (the steps of one answer) + `labels` (true or false, one per step).
 prompt: `prompt` | `messages`, with `reference` (an object), else the row's other fields, kept for verifiers. text: `text`.
 No row is dropped: a malformed one stops the reading with `file:line field expected …, got …; remedy`. Blank lines are no rows;
 a byte-order mark and CRLF are accepted.
@@ -15,7 +18,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.records import KINDS, ROLES, Demo, Message, Messages, Preference, Prompt, Record, Text
+from rlhf_jax.data.records import (
+    KINDS,
+    ROLES,
+    Demo,
+    Feedback,
+    Message,
+    Messages,
+    Preference,
+    Prompt,
+    Ranking,
+    Rating,
+    Record,
+    Stepwise,
+    Text,
+)
 from rlhf_jax.errors import UserError, nearest
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -59,7 +76,7 @@ def read_records(kind: str, path: Paths) -> Iterator[Record]:
     """Every row of `path` as a record of `kind`, in file order.
 
     Args:
-      kind: demo, preference, prompt or text.
+      kind: one of `records.KINDS`.
       path: see `data_files`.
 
     Raises:
@@ -67,7 +84,10 @@ def read_records(kind: str, path: Paths) -> Iterator[Record]:
     """
     if kind not in KINDS:
         raise UserError(f"config.data.kind expected a kind of record, got {kind!r}{nearest(kind, KINDS)}")
-    parsers: Mapping[str, Callable[[_Row], Record]] = {"demo": _demo, "preference": _preference, "prompt": _prompt, "text": _text}
+    parsers: Mapping[str, Callable[[_Row], Record]] = {
+        "demo": _demo, "text": _text, "preference": _preference, "ranking": _ranking, "feedback": _feedback, "rating": _rating,
+        "stepwise": _stepwise, "prompt": _prompt,
+    }
     for file in data_files(path):
         empty = True
         for row in _rows(file):
@@ -107,7 +127,9 @@ class _Row:
         return value
 
     def messages(self, field: str) -> Messages:
-        value = self.fields.get(field)
+        return self._conversation(field, self.fields.get(field))
+
+    def _conversation(self, field: str, value: Any) -> Messages:
         if not isinstance(value, list) or not value:
             raise self.bad(field, "a non-empty list of messages", value, 'write [{"role": "user", "content": "…"}, …]')
         return tuple(self._message(f"{field}[{i}]", item) for i, item in enumerate(value))
@@ -122,11 +144,34 @@ class _Row:
 
     def turns(self, field: str, role: str) -> Messages:
         """A field that holds messages, or a string said by `role`."""
-        if isinstance(self.fields.get(field), list):
-            return self.messages(field)
-        if not isinstance(self.fields.get(field), str):
-            raise self.bad(field, "a string or a list of messages", self.fields.get(field), "write the text as a JSON string")
-        return (Message(role=role, content=self.text(field)),)
+        return self.spoken(field, self.fields.get(field), role)
+
+    def spoken(self, field: str, value: Any, role: str) -> Messages:
+        """`value`, which is messages or a string said by `role`; `field` names it in complaints."""
+        if isinstance(value, list):
+            return self._conversation(field, value)
+        if not isinstance(value, str):
+            raise self.bad(field, "a string or a list of messages", value, "write the text as a JSON string")
+        return (Message(role=role, content=self.checked(field, value)),)
+
+    def several(self, field: str, least: int, expected: str) -> list[Any]:
+        """A field that holds a list of at least `least` entries."""
+        value = self.fields.get(field)
+        if not isinstance(value, list) or len(value) < least:
+            raise self.bad(field, expected, value, "fill the list or remove the row")
+        return value
+
+    def number(self, field: str, value: Any, remedy: str) -> float:
+        """`value` as a finite float that float32 holds."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+            raise self.bad(field, "a finite number", value, remedy)
+        return float(value)
+
+    def verdict(self, field: str, value: Any) -> bool:
+        """`value`, true or false."""
+        if not isinstance(value, bool):
+            raise self.bad(field, "true or false", value, "write true for good or right, false for bad or wrong")
+        return value
 
     @property
     def place(self) -> dict[str, Any]:
@@ -202,11 +247,83 @@ def _preference(row: _Row) -> Preference:
     if prompt == chosen[: len(prompt)] and prompt == rejected[: len(prompt)]:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for field, branch in (("chosen", chosen), ("rejected", rejected)):
-        if not branch or branch[-1]["role"] != "assistant":
-            raise row.bad(field, "a response ending with an assistant message", list(branch), "add the response or remove the row")
-        if branch[0]["role"] != "assistant":
-            raise row.bad(field, "the same conversation as the prompt, then an answer", list(branch), "make the prompt a prefix of it")
+        _check_response(row, field, branch)
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(row), **row.place)
+
+
+def _check_response(row: _Row, field: str, branch: Messages) -> None:
+    if not branch or branch[-1]["role"] != "assistant":
+        raise row.bad(field, "a response ending with an assistant message", list(branch), "add the response or remove the row")
+    if branch[0]["role"] != "assistant":
+        raise row.bad(field, "the same conversation as the prompt, then an answer", list(branch), "make the prompt a prefix of it")
+
+
+def _response(row: _Row, field: str, value: Any, prompt: Messages) -> Messages:
+    """What answers the prompt, which messages may repeat at their beginning."""
+    said = row.spoken(field, value, "assistant")
+    branch = said[len(prompt) :] if said[: len(prompt)] == prompt else said
+    _check_response(row, field, branch)
+    return branch
+
+
+def _answered(row: _Row) -> tuple[Messages, Messages]:
+    """Prompt and response of a row that judges one answer; of `messages` the last one is judged."""
+    if row.has("messages"):
+        messages = row.messages("messages")
+        if len(messages) < 2:
+            raise row.bad("messages", "a prompt and the answer to it", list(messages), "write the whole conversation")
+        return messages[:-1], _response(row, "messages", list(messages[-1:]), messages[:-1])
+    for field in ("completion", "response"):
+        if row.has("prompt", field):
+            prompt = row.turns("prompt", "user")
+            return prompt, _response(row, field, row.fields[field], prompt)
+    raise row.lacks("completion", "prompt + completion, prompt + response, or messages")
+
+
+def _feedback(row: _Row) -> Feedback:
+    prompt, response = _answered(row)
+    return Feedback(prompt=prompt, response=response, desirable=row.verdict("label", row.fields.get("label")), **row.place)
+
+
+def _rating(row: _Row) -> Rating:
+    prompt, response = _answered(row)
+    score = row.number("score", row.fields.get("score"), "write the response's score as a number")
+    return Rating(prompt=prompt, response=response, score=score, **row.place)
+
+
+def _ranking(row: _Row) -> Ranking:
+    field = "responses" if row.has("responses") else "completions"
+    if not row.has("prompt", field) or (field == "completions" and not row.has("scores")):
+        raise row.lacks("responses", "prompt + responses (best first), or prompt + completions + scores")
+    prompt = row.turns("prompt", "user")
+    values = row.several(field, 2, "a list of at least two responses")
+    responses = [_response(row, f"{field}[{i}]", value, prompt) for i, value in enumerate(values)]
+    if field == "completions":
+        responses = [responses[i] for i in _best_first(row, len(responses))]
+    return Ranking(prompt=prompt, responses=tuple(responses), **row.place)
+
+
+def _best_first(row: _Row, count: int) -> list[int]:
+    """The order of falling scores. A tie has no order: it is refused."""
+    listed = row.several("scores", count, f"a list of {count} numbers, one per completion")
+    scores = [row.number(f"scores[{i}]", value, "write one number per completion") for i, value in enumerate(listed)]
+    if len(scores) != count:
+        raise row.bad("scores", f"{count} numbers, one per completion", listed, "write one number per completion")
+    if len(set(scores)) < count:
+        raise row.bad("scores", "numbers that all differ", listed, "leave out all but one of the tied responses")
+    return sorted(range(count), key=lambda i: -scores[i])
+
+
+def _stepwise(row: _Row) -> Stepwise:
+    if not row.has("prompt", "completions", "labels"):
+        raise row.lacks("completions", "prompt + completions (the steps of one answer) + labels")
+    prompt = row.turns("prompt", "user")
+    steps = [row.checked(f"completions[{i}]", step, empty=False) for i, step in enumerate(row.several("completions", 1, "a list of steps"))]
+    listed = row.several("labels", 1, "a list of true and false, one per step")
+    labels = [row.verdict(f"labels[{i}]", label) for i, label in enumerate(listed)]
+    if len(labels) != len(steps):
+        raise row.bad("labels", f"{len(steps)} labels, one per step", listed, "label every step")
+    return Stepwise(prompt=prompt, steps=tuple(steps), labels=tuple(labels), **row.place)
 
 
 def _common_prompt(row: _Row, chosen: Messages, rejected: Messages) -> Messages:
@@ -223,11 +340,7 @@ def _common_prompt(row: _Row, chosen: Messages, rejected: Messages) -> Messages:
 
 def _margin(row: _Row) -> float | None:
     value = row.fields.get("margin")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-        raise row.bad("margin", "a finite number", value, "write how much better chosen is, or leave margin out")
-    return float(value)
+    return None if value is None else row.number("margin", value, "write how much better chosen is, or leave margin out")
 
 
 def _finite(value: int | float) -> bool:

@@ -44,6 +44,49 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """One response to a prompt, said to be good or bad."""
+
+    prompt: Messages
+    response: Messages
+    desirable: bool
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Responses to one prompt, best first, at least two."""
+
+    prompt: Messages
+    responses: tuple[Messages, ...]
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """One response to a prompt and its score, in the file's own unit."""
+
+    prompt: Messages
+    response: Messages
+    score: float
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepwise:
+    """An answer in steps, each said to be right or wrong."""
+
+    prompt: Messages
+    steps: tuple[str, ...]  # at least one, none blank
+    labels: tuple[bool, ...]  # one per step
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """What a policy answers, with what a verifier may need to judge the answer."""
 
@@ -62,8 +105,11 @@ class Text:
     line: int
 
 
-Record = Demo | Preference | Prompt | Text
-KINDS: dict[str, type] = {"demo": Demo, "preference": Preference, "prompt": Prompt, "text": Text}
+Record = Demo | Preference | Feedback | Ranking | Rating | Stepwise | Prompt | Text
+KINDS: dict[str, type] = {
+    "demo": Demo, "text": Text, "preference": Preference, "ranking": Ranking, "feedback": Feedback, "rating": Rating, "stepwise": Stepwise,
+    "prompt": Prompt,
+}
 
 
 def where(record: Record) -> str:

@@ -12,7 +12,7 @@ def sample_file(kind: str) -> str:
     """Path of a small JSONL file that ships with the package: what every config's `:tiny` trains on.
 
     Args:
-      kind: demo, preference, prompt or text.
+      kind: one of `records.KINDS`.
     """
     folder = pathlib.Path(__file__).parent / "samples"
     path = folder / f"{kind}.jsonl"

@@ -69,19 +69,25 @@ class Networks(struct.PyTreeNode):
             return _config(self.spec.policy, "ref"), merge(self.frozen["ref"], self.frozen.get("base", {}).get("policy"))
         return _config(getattr(self.spec, name), name), self._tree(name)
 
+    @property
+    def temperature(self) -> float:
+        """What divides the policy's and the reference's logits."""
+        return self.spec.temperature
+
     def has(self, name: str) -> bool:
         """Whether there is such a network: "policy", "ref", "critic" or "reward"."""
         return name in self.params or name in self.frozen or name in self.frozen.get("base", {})
 
-    def policy(self, seqs: Sequences, keys: Array | None = None, want: Want = (vocab.logps,), along: Mapping[str, Array] | None = None
-               ) -> Any:
+    def policy(self, seqs: Sequences, keys: Array | None = None, want: Want = (vocab.logps,), along: Mapping[str, Array] | None = None,
+               noise: float = 0.0) -> Any:
         """The policy's reading of `seqs`; with "values" in `want`, also the critic's.
 
         Args:
           seqs: [B, T] or [B, K, T].
-          keys: [B] typed keys for dropout, or None.
+          keys: [B] typed keys for dropout and noise, or None for neither.
           want: "values" (V before each token), "scores" (read after each token), "hidden", or functions `(logits, target, **along)`.
           along: further arrays [B, T, …] that the functions get chunk by chunk.
+          noise: NEFTune's α, of uniform noise on the policy's embeddings; 0 = none.
 
         Returns:
           A namespace with one attribute per entry of `want`, each [B, T] ([B, K, T]), law 1's alignment, float32 nats.
@@ -91,7 +97,7 @@ class Networks(struct.PyTreeNode):
         if "values" in want and not separate and "value" not in _config(self.spec.policy, "policy").outputs:
             raise UserError("config.critic.kind = 'none', and the objective needs values: choose 'separate' or 'shared'")
         mine = tuple(w for w in want if not (separate and w == "values"))
-        out = self._run(_config(self.spec.policy, "policy"), self._tree("policy"), seqs, keys, mine, along) if mine else {}
+        out = self._run(_config(self.spec.policy, "policy"), self._tree("policy"), seqs, keys, mine, along, noise) if mine else {}
         if separate:
             out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None)
         return types.SimpleNamespace(**out)
@@ -108,6 +114,20 @@ class Networks(struct.PyTreeNode):
         out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None)
         return types.SimpleNamespace(**out)
 
+    def as_reference(self) -> Networks:
+        """The frozen reference in the policy's place: what it draws is drawn by these.
+
+        Raises:
+          UserError: its vocabulary is larger than the policy's, which could not read its samples.
+        """
+        config, tree = self._network("ref")
+        own = _config(self.spec.policy, "policy")
+        if config.vocab_size > own.vocab_size:
+            raise UserError(f"config.reference_from: the reference's vocabulary of {config.vocab_size} entries exceeds config.model.vocab_size = "
+                            f"{own.vocab_size}: the policy could not read what it draws")
+        spec = dataclasses.replace(self.spec, policy=config, ref=None)
+        return self.replace(params={"policy": tree}, frozen={}, spec=spec)
+
     def unembed(self, name: str, hidden: Array) -> Array:
         """The logits that a network's hidden states give, divided by the temperature: for a vocabulary function that reads two networks.
 
@@ -118,6 +138,7 @@ class Networks(struct.PyTreeNode):
         Returns:
           [..., V] float32.
         """
+        chex.assert_type(hidden, float)
         config, tree = self._network(name)
         return transformer.unembed(config, tree, hidden) / self.spec.temperature
 
@@ -157,7 +178,8 @@ class Networks(struct.PyTreeNode):
         hidden, cache = transformer.cached(config, params, token[:, None], position[:, None], visible[:, None, :], cache, slot)
         return transformer.unembed(config, params, hidden[:, 0]), cache
 
-    def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any) -> dict[str, Array]:
+    def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any, noise: float = 0.0
+             ) -> dict[str, Array]:
         """Folds branches into rows, runs the forward in row chunks when asked to, and unfolds."""
         lead = seqs.tokens.shape[:-1]
         if len(lead) == 2:
@@ -167,7 +189,7 @@ class Networks(struct.PyTreeNode):
                 keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(lead[1])))(keys).reshape(-1)
 
         def forward(rows: Any) -> dict[str, Array]:
-            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature)
+            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature, noise=noise)
 
         rows = (seqs, keys, along)
         chunks = self.row_chunks
@@ -188,10 +210,10 @@ def _config(config: ModelConfig | None, name: str) -> ModelConfig:
     return config
 
 
-def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float
-             ) -> dict[str, Array]:
+def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float,
+             noise: float) -> dict[str, Array]:
     """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
-    hidden = transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys)
+    hidden = transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys, noise)
     starts = masking.segment_starts(seqs.segment_ids)
     out: dict[str, Array] = {}
     if "hidden" in want:

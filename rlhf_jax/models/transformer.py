@@ -19,9 +19,11 @@ from flax.core import meta
 
 from rlhf_jax.models import layout
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.ops import masking
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, PyTree
 
+NOISE = 2**31 - 1  # salt of the embeddings' noise; dropouts count up from 0
 Cache = Any  # per layer {"k", "v"} [B, S, kv_heads, head_dim]; stacked on a leading axis when layers are scanned
 
 
@@ -150,6 +152,27 @@ def drop(x: Array, keys: Array | None, salt: Array | int, rate: float) -> Array:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, salt), 1.0 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def perturb(x: Array, segment_ids: Array, keys: Array | None, alpha: float) -> Array:
+    """x + α / √(L·D) · Uniform(−1, 1), L the tokens of the own segment: NEFTune's noise on the embeddings. Padding gets none.
+
+    Args:
+      x: [B, T, D].
+      segment_ids: [B, T] int32.
+      keys: [B] typed keys, of which alone a row's draw depends; None = no noise.
+      alpha: α, ≥ 0; 0 = no noise.
+
+    See: Jain et al. 2023, algorithm 1 (arXiv:2310.05914).
+    """
+    chex.assert_rank([x, segment_ids], [3, 2])
+    chex.assert_equal_shape_prefix([x, segment_ids], 2)
+    if keys is None or alpha == 0.0:
+        return x
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, NOISE), x.shape[1:], minval=-1.0, maxval=1.0)  # noqa: E731
+    length = masking.segment_sum(jnp.ones(segment_ids.shape), segment_ids)
+    scale = jnp.where(segment_ids != 0, alpha * jax.lax.rsqrt(jnp.maximum(length, 1.0) * x.shape[-1]), 0.0)
+    return (x.astype(jnp.float32) + scale[:, :, None] * jax.vmap(draw)(keys)).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -289,18 +312,20 @@ def _layers(config: ModelConfig, params: PyTree, x: Array, cos: Array, sin: Arra
     return jax.lax.scan(body, x, (params["layers"][layout.SCAN], jnp.arange(config.layers), cache))
 
 
-def trunk(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, segment_ids: Array, keys: Array | None = None) -> Array:
+def trunk(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, segment_ids: Array, keys: Array | None = None,
+          noise: float = 0.0) -> Array:
     """Final hidden states, [B, T, D].
 
     Args:
       config: the network.
       params: its parameters.
       tokens, positions, segment_ids: [B, T] int32.
-      keys: [B] typed keys for dropout, or None.
+      keys: [B] typed keys for dropout and noise, or None.
+      noise: α of `perturb`, which comes before dropout.
     """
     chex.assert_rank([tokens, positions, segment_ids], 2)
     chex.assert_equal_shape([tokens, positions, segment_ids])
-    x = _ends(config, params, "embed", tokens)
+    x = perturb(_ends(config, params, "embed", tokens), segment_ids, keys, noise)
     x = drop(x, keys, 0, config.dropout)
     cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
     x, _ = _layers(config, params, x, cos, sin, visibility(segment_ids), keys, None, 0)

@@ -7,12 +7,14 @@ An objective is a module with up to four pure functions, of which only `loss` is
     loss(nets, batch, keys, *, …) -> (terms, metrics)                  dict[str, Mean] each; keys [B] for dropout
     opponent(nets, *, …) -> sampler                                    what draws every second sample of a prompt, if not the policy
 
-Their keyword-only arguments are the legal keys of `config.objective`, without defaults, so that `prepare` and `loss` cannot disagree.
-The annotation of `batch` says what the data pipeline builds. Three constants are optional in a module of the user's own:
-`RANGES`, {key: (low, high)}: which values are refused at start-up. `NEEDS`, {"reference" | "critic" | "reward" | "group" | "ptx": key}: what the
-run must have, always ("") or unless that hyper-parameter is 0; refused at start-up too. `DEFAULTS`, {key: value}: the paper's values, which
-configs/NAME.py writes out. There is no registry: a file in this folder is an objective, and so is a module of the user's own, named by its
-dotted path. Modules that start with an underscore hold what objectives share; `_catalogue` reads the docstrings for README.md.
+Their keyword-only arguments are the legal keys of `config.objective`, without defaults, so that `prepare` and `loss` cannot disagree. The
+annotation of `batch` says what the data pipeline builds. Four constants are optional in a module of the user's own: `RANGES`, {key: (low, high)}:
+which values are refused at start-up. `NEEDS`, {"reference" | "teacher" | "critic" | "reward" | "group" | "pairs" | "ptx": key}: what the run must
+have, always ("") or unless that hyper-parameter is 0; refused at start-up too ("teacher": a reference to learn from; "pairs": an even number of
+samples of a prompt, of which `prepare` makes pairs, B/2 rows). `DEFAULTS`, {key: value}: the paper's or its authors' values where they are stated,
+which configs/NAME.py writes out. `DATA`, data kinds: what it trains on where the type of its batch does not tell, e.g. ("ranking",) for
+`Comparisons` of more than two responses. There is no registry: a file in this folder is an objective, and so is a module of the user's own, named
+by its dotted path. Modules that start with an underscore hold what objectives share; `_catalogue` reads the docstrings for README.md.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from typing import Any
 from rlhf_jax.errors import UserError, nearest
 
 POSITIONAL = {"init_carry": ("nets",), "prepare": ("nets", "batch", "carry", "key"), "loss": ("nets", "batch", "keys"), "opponent": ("nets",)}
-NEEDS = ("reference", "critic", "reward", "group", "ptx")  # what NEEDS of a module may name
+NEEDS = ("reference", "teacher", "critic", "reward", "group", "pairs", "ptx")  # what NEEDS of a module may name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Objective:
     hyperparameters: Mapping[str, Any] = dataclasses.field(compare=False)
     opponent: Callable[..., Any] | None = None  # (nets) -> what draws the odd samples of each prompt; None: the policy draws all
     needs: frozenset[str] = frozenset()  # of NEEDS, with these hyper-parameters
+    data: tuple[str, ...] = ()  # data kinds; (): those of the batch type
 
 
 def names() -> list[str]:
@@ -116,6 +119,7 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         init_carry=bound("init_carry", lambda nets: {}),
         prepare=bound("prepare", lambda nets, batch, carry, key: (batch, carry, {})),
         loss=bound("loss", functions["loss"]), opponent=bound("opponent", None), needs=_needs(module, name, values),
+        data=tuple(getattr(module, "DATA", ())),
     )
 
 
@@ -174,7 +178,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _annotations(module: ModuleType) -> dict[str, Any]:
     """The types of the hyper-parameters: from the protocol's functions, else from the module's maths that takes the same name."""
-    functions = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    functions = [f for name, f in vars(module).items() if inspect.isfunction(f) and (f.__module__ == module.__name__ or name in POSITIONAL)]
     hints: dict[str, Any] = {}
     for function in sorted(functions, key=lambda f: f.__name__ in POSITIONAL):  # the protocol's come last and win
         keywords = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}

@@ -19,7 +19,7 @@ def reference_logps(seqs: Sequences, objective: str) -> Array:
       UserError: the run has no reference.
     """
     if seqs.ref_logps is None:
-        raise UserError(f"objective {objective} needs the reference's log-probs: set config.reference_from to a checkpoint, "
-                        "or store ref_logps in the data")
+        raise UserError(f"objective {objective} needs the reference's log-probs: set config.reference_from to a run or checkpoint, "
+                        "or to 'init' for the initial policy")
     chex.assert_equal_shape([seqs.ref_logps, seqs.tokens])
     return seqs.ref_logps

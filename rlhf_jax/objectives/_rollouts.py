@@ -1,15 +1,40 @@
-"""What the objectives on rollouts share: the final score, and the metrics of a policy that moves away from its samples."""
+"""What the objectives on rollouts share: the final score, the correction for another sampler, the metrics of a policy that moves away from
+its samples. Everything here is for `prepare`, over the whole batch, but the metrics of the ratio."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import chex
 import jax.numpy as jnp
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.ops.kl import exp_ratio, k1, k3
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.objectives._reference import reference_logps
+from rlhf_jax.ops.importance import CORRECTIONS
+from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio, k1, k3
 from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum
 from rlhf_jax.ops.policy_gradient import surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
+
+PLACES = {"reward": "reward", "loss": "loss"}  # where a KL penalty may sit
+
+
+def named(table: Mapping[str, Any], key: str, value: str) -> Any:
+    """The entry of a table that the config names.
+
+    Args:
+      table: names and what they stand for.
+      key: of config.objective, for the error.
+      value: a name.
+
+    Raises:
+      UserError: there is no such name.
+    """
+    if value not in table:
+        raise UserError(f"config.objective.{key} is {value!r}: it must be one of {', '.join(table)}{nearest(value, table)}")
+    return table[value]
 
 
 def raw_scores(batch: Rollout) -> Array:
@@ -27,6 +52,24 @@ def raw_scores(batch: Rollout) -> Array:
     return batch.scores
 
 
+def known_scores(batch: Rollout) -> tuple[Array, Array]:
+    """The score of each completion, 0 where there is none, and whether there is one, [B] each.
+
+    A completion that cannot be judged has the score NaN; it enters no baseline and is not trained on. (config.reward_fn may not return NaN:
+    it is an error there. A score of one's own may.)
+
+    Args:
+      batch: the rollout.
+
+    Raises:
+      UserError: the rollout was not scored.
+    """
+    chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
+    raw = raw_scores(batch)
+    known = batch.real & ~jnp.isnan(raw)
+    return jnp.where(known, raw, 0.0), known
+
+
 def penalised(scores: Array, truncated: Array, *, missing_eos_penalty: float) -> Array:
     """The score of each completion, less a penalty where the budget ran out before a stop token, [B].
 
@@ -41,6 +84,120 @@ def penalised(scores: Array, truncated: Array, *, missing_eos_penalty: float) ->
     chex.assert_rank([scores, truncated], 1)
     chex.assert_equal_shape([scores, truncated])
     return scores - missing_eos_penalty * truncated
+
+
+def completion_scores(
+    batch: Rollout, old_logps: Array, *, beta: float, kl_estimator: str, kl_in: str, missing_eos_penalty: float
+) -> tuple[Array, Array, dict[str, Mean]]:
+    """What a completion earned: its score, less the penalty for no stop token and, with kl_in = "reward", less β Σ_t k( π_old/π_ref ).
+
+    Args:
+      batch: the rollout.
+      old_logps: [B, T] nats.
+      beta: weight of the KL from the reference, ≥ 0; 0 needs no reference.
+      kl_estimator: of the KL per token, k1, k2 or k3 (ops.kl). In the reward k1 is the unbiased one; in the loss its gradient is zero on average,
+        so take k2 (the gradient of the KL itself) or k3 there.
+      kl_in: where the KL sits, reward or loss.
+      missing_eos_penalty: subtracted from a truncated row's score, ≥ 0; 0 = none.
+
+    Returns:
+      scores: [B], 0 where there is none.
+      known: [B] bool, the rows that have a score.
+      metrics: of the rollout.
+    """
+    chex.assert_equal_shape([old_logps, batch.seqs.tokens])
+    mask, (raw, known) = loss_tokens(batch.seqs), known_scores(batch)
+    metrics = rollout_metrics(batch, raw_scores(batch)) | {"rollout/unscored": Mean.of(~known, batch.real)}
+    scores = penalised(raw, batch.truncated, missing_eos_penalty=missing_eos_penalty)
+    if batch.seqs.ref_logps is not None:
+        metrics["objective/kl"] = sequence_kl(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, batch.real)
+    place, estimator = named(PLACES, "kl_in", kl_in), named(ESTIMATORS, "kl_estimator", kl_estimator)  # a typo is refused whatever β is
+    if beta and place == "reward":
+        log_ratios = log_ratio(old_logps, reference_logps(batch.seqs, "with config.objective.beta > 0"), mask)
+        penalty = -beta * masked_sum(estimator(log_ratios), mask)
+        scores = scores + penalty
+        metrics["objective/non_score_reward"] = Mean.of(penalty, batch.real)
+        metrics["objective/rlhf_reward"] = Mean.of(scores, known)
+    return scores, known, metrics
+
+
+def without(batch: Rollout, rows: Array) -> Rollout:
+    """The rollout with nothing to train on in some rows, as if they were not there.
+
+    Args:
+      batch: the rollout.
+      rows: [B] bool.
+    """
+    chex.assert_equal_shape([rows, batch.truncated])
+    return batch.replace(seqs=batch.seqs.replace(loss_mask=batch.seqs.loss_mask & ~rows[:, None]))
+
+
+def trainable_rows(batch: Rollout, known: Array, *, mask_truncated: bool) -> Rollout:
+    """The rollout with nothing to train on in rows without a score and, if asked for, in truncated ones.
+
+    Args:
+      batch: the rollout.
+      known: [B] bool, the rows that have a score.
+      mask_truncated: do not train on rows without a stop token; their scores still count in the baseline.
+    """
+    chex.assert_equal_shape([batch.truncated, known])
+    return without(batch, ~known | batch.truncated if mask_truncated else ~known)
+
+
+def with_advantages(
+    batch: Rollout, old_logps: Array, advantages: Array, *, correction: str, correction_low: float, correction_high: float
+) -> tuple[Rollout, dict[str, Mean]]:
+    """The rollout as a loss takes it, the correction multiplied into the advantages: exact, since weights are ≥ 0 and losses are linear in A.
+
+    Args:
+      batch: the rollout.
+      old_logps: [B, T] nats.
+      advantages: [B, T] or, the same on all tokens of a row, [B, 1].
+      correction: for a sampler that is not the trainer: none, or the weight old/sampler of each token or of the whole sequence, truncated to the
+        bounds or masked (0) outside them: token_truncate, token_mask, sequence_truncate, sequence_mask.
+      correction_low: lower bound of the correction, [0, 1]; 0 = none.
+      correction_high: upper bound of the correction, ≥ 1; inf = none.
+
+    Returns:
+      The rollout, and the correction's metrics.
+    """
+    chex.assert_rank([old_logps, advantages], 2)
+    mask = loss_tokens(batch.seqs)
+    weights, metrics = corrections(old_logps, batch.sampler_logps, mask, correction=correction, correction_low=correction_low,
+                                   correction_high=correction_high)
+    return batch.replace(old_logps=old_logps, advantages=jnp.where(mask, advantages * weights, 0.0)), metrics
+
+
+def corrections(
+    old_logps: Array, sampler_logps: Array, mask: Array, *, correction: str, correction_low: float, correction_high: float
+) -> tuple[Array, dict[str, Mean]]:
+    """π_old/π_sampler of each token [B, T] or row [B, 1], bounded, and its metrics; none at all with "none".
+
+    Args:
+      old_logps: the trainer's, [B, T] nats.
+      sampler_logps: of the distribution drawn from, filters included, [B, T] nats.
+      mask: [B, T] bool.
+      correction: for a sampler that is not the trainer: none, or the weight old/sampler of each token or of the whole sequence, truncated to the
+        bounds or masked (0) outside them: token_truncate, token_mask, sequence_truncate, sequence_mask.
+      correction_low: lower bound of the correction, [0, 1]; 0 = none.
+      correction_high: upper bound of the correction, ≥ 1; inf = none.
+    """
+    chex.assert_rank([old_logps, sampler_logps, mask], 2)
+    chex.assert_equal_shape([old_logps, sampler_logps, mask])
+    weigh, log_ratios = named(CORRECTIONS, "correction", correction), log_ratio(old_logps, sampler_logps, mask)
+    weights = weigh(log_ratios, mask, correction_low=correction_low, correction_high=correction_high)
+    if correction == "none":
+        return weights, {}
+    everywhere = jnp.broadcast_to(weights, mask.shape)
+    bounded = weights != weigh(log_ratios, mask, correction_low=0.0, correction_high=math.inf)
+    gap = jnp.where(mask, jnp.abs(log_ratios), 0.0)
+    return weights, {
+        "policy/correction_mean": Mean.of(everywhere, mask),
+        "policy/correction_max": Mean.of(jnp.where(mask, everywhere, 0.0).max()),
+        "policy/correction_frac": Mean.of(jnp.broadcast_to(bounded, mask.shape), mask),
+        "rollout/logp_gap_mean": Mean.of(gap, mask),
+        "rollout/logp_gap_max": Mean.of(gap.max()),
+    }
 
 
 def filled(batch: Rollout, *fields: str) -> tuple[Array, ...]:
@@ -72,21 +229,30 @@ def log_ratio(logps: Array, fixed: Array, mask: Array) -> Array:
     return jnp.where(mask, logps - fixed, 0.0)
 
 
+def length_metrics(batch: Rollout) -> dict[str, Mean]:
+    """The policy's own tokens per row, and the fraction of truncated rows.
+
+    Args:
+      batch: the rollout.
+    """
+    chex.assert_rank(batch.truncated, 1)
+    return {"rollout/length": Mean.of(loss_tokens(batch.seqs).sum(-1), batch.real), "rollout/truncated": Mean.of(batch.truncated, batch.real)}
+
+
 def rollout_metrics(batch: Rollout, scores: Array) -> dict[str, Mean]:
     """Mean and standard deviation of the scores, the policy's own tokens per row, and the fraction of truncated rows.
 
     Args:
       batch: the rollout.
-      scores: [B], as the reward gave them.
+      scores: [B], as the reward gave them; NaN where it gave none.
     """
     chex.assert_equal_shape([scores, batch.truncated])
-    _, variance = masked_moments(scores, batch.real)
+    known = batch.real & ~jnp.isnan(scores)
+    _, variance = masked_moments(scores, known)
     return {
-        "objective/score": Mean.of(scores, batch.real),
+        "objective/score": Mean.of(scores, known),
         "objective/score_std": Mean.of(jnp.sqrt(variance)),
-        "rollout/length": Mean.of(loss_tokens(batch.seqs).sum(-1), batch.real),
-        "rollout/truncated": Mean.of(batch.truncated, batch.real),
-    }
+    } | length_metrics(batch)
 
 
 def sequence_kl(log_ratios: Array, mask: Array, real: Array) -> Mean:
@@ -101,21 +267,36 @@ def sequence_kl(log_ratios: Array, mask: Array, real: Array) -> Mean:
     return Mean.of(masked_sum(k1(log_ratios), mask), real)
 
 
-def ratio_metrics(log_ratios: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float) -> dict[str, Mean]:
-    """How far the policy has moved from the one that sampled: clipped tokens, KL(old ‖ new), each row's largest ratio (its mean over rows).
+def drift_metrics(log_ratios: Array, mask: Array) -> dict[str, Mean]:
+    """How far the policy has moved from the one that sampled: KL(old ‖ new), each row's largest ratio (its mean over rows).
+
+    Args:
+      log_ratios: [B, T] log π − log π_old, nats.
+      mask: [B, T] bool.
+    """
+    chex.assert_rank([log_ratios, mask], 2)
+    chex.assert_equal_shape([log_ratios, mask])
+    largest = jnp.where(mask, exp_ratio(log_ratios), 0.0).max(-1)
+    return {
+        "policy/approx_kl": Mean.of(k3(-log_ratios), mask),  # the samples are the old policy's
+        "policy/ratio_max": Mean.of(largest, mask.any(-1)),
+    }
+
+
+def ratio_metrics(
+    log_ratios: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
+) -> dict[str, Mean]:
+    """`drift_metrics`, and the fraction of tokens whose gradient the clip takes away.
 
     Args:
       log_ratios: [B, T] log π − log π_old, nats.
       advantages: [B, T].
       mask: [B, T] bool.
-      clip_low: as in `clipped_surrogate`.
-      clip_high: as in `clipped_surrogate`.
+      clip_low: how far a ratio may fall below 1, [0, 1].
+      clip_high: how far a ratio may rise above 1, ≥ 0.
+      dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; inf = off.
     """
     chex.assert_rank([log_ratios, advantages, mask], 2)
     chex.assert_equal_shape([log_ratios, advantages, mask])
-    largest = jnp.where(mask, exp_ratio(log_ratios), 0.0).max(-1)
-    return {
-        "policy/clip_frac": Mean.of(surrogate_is_clipped(log_ratios, advantages, clip_low=clip_low, clip_high=clip_high), mask),
-        "policy/approx_kl": Mean.of(k3(-log_ratios), mask),  # the samples are the old policy's
-        "policy/ratio_max": Mean.of(largest, mask.any(-1)),
-    }
+    clipped = surrogate_is_clipped(log_ratios, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return {"policy/clip_frac": Mean.of(clipped, mask)} | drift_metrics(log_ratios, mask)

@@ -15,13 +15,12 @@ from typing import Any
 import chex
 import jax
 
-from rlhf_jax.objectives._pairs import response_logps, reward_metrics
-from rlhf_jax.objectives._reference import reference_logps
+from rlhf_jax.objectives._pairs import pair_metrics, pair_reading
 from rlhf_jax.types import Array, Comparisons, Mean
 
 NEEDS = {"reference": ""}
 DEFAULTS = {"beta": 0.1}
-RANGES = {"beta": (0.0, math.inf)}
+RANGES = {"beta": (1e-6, math.inf)}
 
 
 def dpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -40,9 +39,6 @@ def dpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
 
 
 def loss(nets: Any, batch: Comparisons, keys: Array | None, *, beta: float) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    ref_chosen, ref_rejected = response_logps(reference_logps(batch.seqs, "dpo"), batch.seqs)
-    chosen, rejected = response_logps(nets.policy(batch.seqs, keys).logps, batch.seqs)  # [B] each
-    losses = dpo_loss(chosen - ref_chosen, rejected - ref_rejected, beta=beta)
-    metrics = reward_metrics(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected), batch)
-    metrics |= {"logps/chosen": Mean.of(chosen, batch.real), "logps/rejected": Mean.of(rejected, batch.real)}
-    return {"dpo": Mean.of(losses, batch.real)}, metrics
+    logps, ratios = pair_reading(nets, batch, keys, "dpo")
+    losses = dpo_loss(ratios[:, 0], ratios[:, 1], beta=beta)
+    return {"dpo": Mean.of(losses, batch.real)}, pair_metrics(logps, beta * ratios, batch)

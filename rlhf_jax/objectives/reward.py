@@ -46,7 +46,7 @@ def centring_loss(chosen: Array, rejected: Array, *, center_coef: float) -> Arra
     Args:
       chosen: r(x, y_w), [B].
       rejected: r(x, y_l), [B].
-      center_coef: ≥ 0; 0.01 is usual.
+      center_coef: weight of (r_w + r_l)², ≥ 0; the paper's 0.01 is usual, 0 = off.
 
     See: Eisenstein et al. 2023 (arXiv:2312.09244).
     """

@@ -73,3 +73,6 @@ def k3(log_ratio: Array) -> Array:
     chex.assert_type(log_ratio, float)
     # expm1 keeps the digits of small x, where e⁻ˣ − 1 and x cancel; the rounding left over may not go below zero.
     return jnp.maximum(jnp.expm1(jnp.minimum(-log_ratio, MAX_LOG_RATIO)) + log_ratio, 0.0)
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}  # by the name that a config gives

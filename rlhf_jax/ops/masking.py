@@ -51,6 +51,7 @@ def masked_moments(x: Array, mask: Array) -> tuple[Array, Array]:
     chex.assert_equal_shape([x, mask])
     count = mask.sum()
     mean = jnp.where(mask, x, 0.0).sum() / jnp.maximum(count, 1)
+    mean = mean + jnp.where(mask, x - mean, 0.0).sum() / jnp.maximum(count, 1)  # the rounding of a mean must not pass for variance
     variance = jnp.where(mask, (x - mean) ** 2, 0.0).sum() / jnp.maximum(count - 1, 1)
     return mean, variance
 
@@ -131,6 +132,18 @@ def segment_starts(segment_ids: Array) -> Array:
     chex.assert_type(segment_ids, int)
     before = jnp.concatenate([jnp.zeros_like(segment_ids[..., :1]), segment_ids[..., :-1]], axis=-1)
     return (segment_ids == 0) | (segment_ids != before)
+
+
+def segment_sum(x: Array, segment_ids: Array) -> Array:
+    """Σ x over each token's own segment, written at every one of its tokens; zero on padding. [..., T].
+
+    Args:
+      x: [..., T]; may hold anything on padding.
+      segment_ids: [..., T] int32, same shape; a segment's tokens stand together.
+    """
+    chex.assert_equal_shape([x, segment_ids])
+    same = (segment_ids[..., :, None] == segment_ids[..., None, :]) & (segment_ids != 0)[..., None, :]
+    return jnp.where(same, x[..., None, :], 0.0).sum(-1)  # one fused reduction: no [T, T] array of the numbers is kept
 
 
 def loss_tokens(seqs: Sequences) -> Array:

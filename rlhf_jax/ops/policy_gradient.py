@@ -8,6 +8,8 @@ Deviation: lower and upper clip bounds are separate (Yu et al. 2025, DAPO, arXiv
 
 from __future__ import annotations
 
+import math
+
 import chex
 import jax.numpy as jnp
 
@@ -15,40 +17,52 @@ from rlhf_jax.ops.kl import exp_ratio
 from rlhf_jax.types import Array
 
 
-def clipped_surrogate(log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float) -> Array:
-    """−min( ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A ),   ρ = π/π_old.
+def clipped_surrogate(
+    log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
+) -> Array:
+    """−min( ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A ),   ρ = π/π_old; where A < 0, at most −dual_clip · A.
+
+    A negative advantage leaves PPO's loss unbounded as ρ grows, which dual clipping stops.
 
     Args:
       log_ratio: log ρ of each action, any shape, nats; zero it where masked.
       advantages: same shape, held fixed.
-      clip_low: how far the ratio may fall below 1, [0, 1).
+      clip_low: how far the ratio may fall below 1, [0, 1].
       clip_high: how far the ratio may rise above 1, ≥ 0.
+      dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; 3 is usual, inf = off.
 
     Returns:
       The loss per action, same shape.
 
-    See: Schulman et al. 2017, eq. 7.
+    See: Schulman et al. 2017, eq. 7; dual clipping: Ye et al. 2020 (arXiv:1912.09729); δ in INTELLECT-2 (arXiv:2505.07291).
     """
     chex.assert_equal_shape([log_ratio, advantages])
     ratio = exp_ratio(log_ratio)
-    return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages)
+    kept = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = jnp.maximum(-ratio * advantages, -kept * advantages)
+    if math.isinf(dual_clip):
+        return loss
+    return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
 
 
-def surrogate_is_clipped(log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float) -> Array:
-    """True where the clip takes the gradient away: the ratio is out of bounds on the side that the advantage pushes to.
+def surrogate_is_clipped(
+    log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
+) -> Array:
+    """True where a clip takes the gradient away: the ratio is out of bounds on the side that the advantage pushes to, or beyond `dual_clip`.
 
     Args:
       log_ratio: log ρ of each action, any shape, nats.
       advantages: same shape.
-      clip_low: as in `clipped_surrogate`.
-      clip_high: as in `clipped_surrogate`.
+      clip_low: how far the ratio may fall below 1, [0, 1].
+      clip_high: how far the ratio may rise above 1, ≥ 0.
+      dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; inf = off.
 
     Returns:
       Same shape, bool.
     """
     chex.assert_equal_shape([log_ratio, advantages])
     ratio = exp_ratio(log_ratio)
-    return ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & (ratio < 1.0 - clip_low))
+    return ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip)))
 
 
 def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip: float) -> Array:

@@ -51,3 +51,34 @@ def entropy(logits: Array, target: Array) -> Array:
     logits = _check(logits, target)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0.0).sum(-1)
+
+
+def log_sum_sq_probs(logits: Array, target: Array) -> Array:
+    """log Σ_v p_v², nats: minus the Rényi entropy of order 2, at least −log V; what a token of its own has on average, see WPO.
+
+    Args:
+      logits: [..., V].
+      target: [...] int32, unused.
+    """
+    logits = _check(logits, target)
+    return jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * jax.nn.logsumexp(logits, axis=-1)
+
+
+def mean_logit(logits: Array, target: Array) -> Array:
+    """Mean of the logits over the vocabulary: drifts where nothing holds the normaliser, see SFT's z-loss.
+
+    Args:
+      logits: [..., V].
+      target: [...] int32, unused.
+    """
+    return _check(logits, target).mean(-1)
+
+
+def is_top1(logits: Array, target: Array) -> Array:
+    """1 where the target is the likeliest token, else 0.
+
+    Args:
+      logits: [..., V].
+      target: [...] int32.
+    """
+    return (jnp.argmax(_check(logits, target), axis=-1) == target).astype(jnp.float32)

@@ -27,3 +27,14 @@ def exact_match(prompts: Sequence[Any], responses: Sequence[str], references: Se
     """
     return [float(reference is not None and response.strip() == str(reference["answer"]).strip())
             for response, reference in zip(responses, references, strict=True)]
+
+
+def think_format(prompts: Sequence[Any], responses: Sequence[str], references: Sequence[Any]) -> list[float]:
+    """1 where the response is one `<think>…</think>` and then anything without another opening tag, else 0.
+
+    Args:
+      prompts: messages of each row, unused.
+      responses: text of each row.
+      references: unused.
+    """
+    return [float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text) for text in responses]

@@ -1,5 +1,5 @@
 """Sampling from a policy: prefill and a scanned decode."""
 
-from rlhf_jax.sampling.sampler import draw, generate, row_keys
+from rlhf_jax.sampling.sampler import draw, generate, generate_against, row_keys
 
-__all__ = ["draw", "generate", "row_keys"]
+__all__ = ["draw", "generate", "generate_against", "row_keys"]

@@ -108,6 +108,29 @@ def generate(
     return _assemble(prompts, lengths, tokens, logps, real, ~done, jnp.asarray(iteration, jnp.int32))
 
 
+def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, **settings: Any) -> Rollout:
+    """`generate`, with every second row drawn by an opponent: even samples of a prompt are the policy's, odd ones the opponent's.
+
+    A row draws what it would draw among rows of its own drawer alone, since its key is a function of its own counters. `sampler_logps` are those of
+    the distribution drawn from, on odd rows the opponent's.
+
+    Args:
+      nets: the policy; draws rows 0, 2, 4 …
+      opponent: has `prefill` and `decode`; draws rows 1, 3, 5 …
+      prompts: [B, P], both samples of a pair neighbours.
+      key: [] typed key of the run.
+      settings: as in `generate`.
+
+    Returns:
+      A rollout of [B, P + N] rows in the order of the prompts.
+    """
+    chex.assert_is_divisible(prompts.prompt_ids.shape[0], 2)
+    # Strided: the contiguous split of a sharded batch, or a concatenation of its halves, would make the partitioner move rows.
+    mine, theirs = (jax.tree.map(lambda x, k=k: x.reshape(-1, 2, *x.shape[1:])[:, k], prompts) for k in (0, 1))
+    rolled = generate(nets, mine, key, **settings), generate(opponent, theirs, key, **settings)
+    return jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *rolled)
+
+
 def _assemble(prompts: Prompts, lengths: Array, tokens: Array, logps: Array, real: Array, truncated: Array, iteration: Array) -> Rollout:
     """Puts prompt and new slots together; new arrays are [B, N]."""
     batch, width = prompts.tokens.shape

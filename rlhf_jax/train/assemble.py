@@ -28,6 +28,7 @@ from rlhf_jax.models.networks import merge
 from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import Source, chat_template, load_source
 from rlhf_jax.train import optimizer as optimizers
+from rlhf_jax.train.config import trained_rows
 from rlhf_jax.types import Purpose, PyTree, TrainState
 
 HEADS = ("lm_head", "score_head", "value_head")
@@ -49,6 +50,7 @@ class Experiment:
     steps: int  # batches of the whole run
     train_data: Any
     valid_data: Any  # None without a validation file
+    ptx_data: Any  # config.ptx, whose rows go with the prompts; None without the section
     frozen: PyTree
     start: Start
     reward: Source | None  # the learned reward, for prompts
@@ -56,6 +58,16 @@ class Experiment:
     @property
     def online(self) -> bool:
         return self.config["data"]["kind"] == "prompt"
+
+    @property
+    def scored(self) -> bool:
+        """Whether completions get a score; an objective that needs none may not be given one (train.config)."""
+        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"])
+
+    def batch(self, index: int) -> PyTree:
+        """This host's rows of training batch `index`, those of the second data set among them: a function of (config.seed, index) alone."""
+        batch = self.train_data.batch(index, seed=self.config["seed"])
+        return batch if self.ptx_data is None else batch.replace(ptx=self.ptx_data.batch(index, seed=self.config["seed"]))
 
 
 def _tokenizer(config: Mapping[str, Any], init: Source | None) -> Tokenizer:
@@ -166,14 +178,18 @@ def _draw(configs: Mapping[str, ModelConfig], key: jax.Array, loaded: Mapping[st
 
 
 def _state_shardings(mesh: Mesh, abstract: TrainState, params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Optimizer state follows its parameter; everything else is whole on every device."""
+    """Optimizer state follows its parameter, and a carry that holds parameters of its own follows those it is shaped like; everything else is
+    whole on every device."""
     whole = sharding.replicated(mesh)
     masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  Muon keeps no second moment of a matrix, Adam none of Muon's
     opt_state = optax.tree_map_params(
         optimizer, lambda x, s: x if masked(x) else s, abstract.opt_state, params, transform_non_params=lambda _: whole, is_leaf=masked
     )
-    rest = jax.tree.map(lambda _: whole, abstract.replace(params=None, opt_state=None))
-    return rest.replace(params=params, opt_state=opt_state)
+    shapes = {name: jax.tree.map(jnp.shape, tree) for name, tree in abstract.params.items()}
+    alike = lambda x: next((params[name] for name in shapes if jax.tree.map(jnp.shape, x) == shapes[name]), None)  # noqa: E731
+    carry = jax.tree.map(lambda x: alike(x) or whole, abstract.carry, is_leaf=lambda x: alike(x) is not None)
+    rest = jax.tree.map(lambda _: whole, abstract.replace(params=None, opt_state=None, carry=None))
+    return rest.replace(params=params, opt_state=opt_state, carry=carry)
 
 
 def _frozen_networks(config: Mapping[str, Any], model: ModelConfig, reward: Source | None, reference: Source | None, mesh: Mesh
@@ -232,11 +248,11 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     elif online and config["critic"]["init_from"] == "policy":
         critic = init
 
-    train_data, valid_data = _datasets(config, tokenizer)
+    train_data, valid_data, ptx_data = _datasets(config, tokenizer)
     steps = config["run"]["steps"] or train_data.batches_for(config["run"]["data_epochs"], config["seed"])
 
     mesh = distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
-    per_pass = config["run"]["batch_size"] // (config["run"]["minibatches"] * config["run"]["microbatches"])
+    per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
                         f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp do not divide")
@@ -245,11 +261,11 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     frozen, frozen_configs = _frozen_networks(config, model, reward, reference, mesh)
     spec = NetworkSpec(**configs, **frozen_configs, temperature=config["sampling"]["temperature"] if online else 1.0)
     tx, rate = optimizers.build(config["optimizer"], steps * config["run"]["epochs"] * config["run"]["minibatches"])
-    start = Start(config, objective, spec, tx, configs, loaded, mesh)
+    start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen)
     frozen |= start.frozen(reference_is_start=config["reference_from"] == "init")
     return Experiment(
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
-        train_data=train_data, valid_data=valid_data, frozen=frozen, start=start, reward=reward,
+        train_data=train_data, valid_data=valid_data, ptx_data=ptx_data, frozen=frozen, start=start, reward=reward,
     )
 
 
@@ -257,15 +273,15 @@ class Start:
     """The first state and the frozen leaves beside it, each made in one jit with its shardings."""
 
     def __init__(self, config: Mapping[str, Any], objective: Objective, spec: NetworkSpec, tx: optax.GradientTransformation,
-                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh) -> None:
-        self.mesh, self.loaded, pattern = mesh, loaded, config["trainable"]
+                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh, frozen: Mapping[str, PyTree]) -> None:
+        self.mesh, self.loaded, self._frozen, pattern = mesh, loaded, dict(frozen), config["trainable"]
 
         def draw(loaded: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
             return split(_draw(configs, jax.random.fold_in(jax.random.key(config["seed"]), Purpose.INIT), loaded), pattern)
 
-        def first(loaded: Mapping[str, PyTree]) -> TrainState:
+        def first(loaded: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> TrainState:
             trained, base = draw(loaded)
-            carry = objective.init_carry(Networks(trained, {"base": base}, spec))
+            carry = objective.init_carry(Networks(trained, {**frozen, "base": base}, spec))
             return TrainState(
                 step=jnp.zeros((), jnp.int32), batch_index=jnp.zeros((), jnp.int32), params=trained, opt_state=tx.init(trained),
                 key=jax.random.key(config["seed"]), carry=carry,
@@ -277,13 +293,13 @@ class Start:
         if not self._trained:
             raise UserError(f"config.trainable = {pattern!r} matches no parameter: nothing would train")
         self._draw, self._first = draw, first
-        shapes = jax.eval_shape(first, loaded)
+        shapes = jax.eval_shape(first, loaded, self._frozen)
         self.shardings = _state_shardings(mesh, shapes, self._trained, tx)
         self.abstract: TrainState = jax.tree.map(sharding.placed, shapes, self.shardings)
 
     def state(self) -> TrainState:
         """A new first state; every call gives the same one."""
-        return sharding.jit(self._first, self.mesh, out_shardings=self.shardings)(self.loaded)
+        return sharding.jit(self._first, self.mesh, out_shardings=self.shardings)(self.loaded, self._frozen)
 
     def frozen(self, reference_is_start: bool) -> PyTree:
         """The untrained leaves, and the reference's own copy of those that train (the others it shares with the base)."""
@@ -296,18 +312,25 @@ class Start:
         return trees
 
 
-def _datasets(config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[Any, Any]:
-    """The training set and the validation set (None without a file)."""
-    section = config["data"]
+def _datasets(config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[Any, Any, Any]:
+    """The training set, the validation set (None without a file) and the second training set (None without config.ptx)."""
+    section, second = config["data"], config.get("ptx")
+    shared: dict[str, Any] = dict(
+        tokenizer=tokenizer, template=section["template"], cache=section["cache"] or data.default_cache(), host=distributed.host(),
+        batch_size=config["run"]["batch_size"],
+    )
     open_one = functools.partial(
-        data.open_dataset, section["kind"], tokenizer=tokenizer, template=section["template"], max_length=section["max_length"],
-        prompt_length=section["prompt_length"], overlong=section["overlong"], cache=section["cache"] or data.default_cache(),
-        batch_size=config["run"]["batch_size"], host=distributed.host(),
+        data.open_dataset, section["kind"], max_length=section["max_length"], prompt_length=section["prompt_length"],
+        overlong=section["overlong"], **shared,
     )
     group = config["sampling"]["group_size"] if section["kind"] == "prompt" else 1
     train = open_one(path=section["train"], pack=section["pack"], group_size=group)
     valid = open_one(path=section["valid"], pack=False, group_size=1) if section["valid"] else None
-    return train, valid
+    ptx = None
+    if second is not None:
+        ptx = data.open_dataset(second["kind"], second["train"], max_length=second["max_length"], pack=second["pack"],
+                                overlong=second["overlong"], **shared)
+    return train, valid, ptx
 
 
 def full_params(params: PyTree, frozen: PyTree) -> PyTree:

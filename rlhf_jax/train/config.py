@@ -17,7 +17,7 @@ from rlhf_jax import objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.train import optimizer
-from rlhf_jax.types import Comparisons, Rollout, Sequences
+from rlhf_jax.types import Comparisons, Labelled, Rollout, Sequences, Unpaired
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ SCHEMA: dict[str, Any] = {
     "model": Mapping,
     "tokenizer": {"kind": ("byte", "bpe", "file", "inherit"), "path": str, "vocab_size": COUNT, "pad": str, "bos": str, "end": str},
     "data": {
-        "kind": ("demo", "text", "preference", "prompt"), "train": str, "valid": str, "template": str, "max_length": NATURAL,
-        "prompt_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"), "cache": str,
+        "kind": ("demo", "text", "preference", "ranking", "feedback", "rating", "stepwise", "prompt"),
+        "train": str, "valid": str, "template": str, "max_length": NATURAL, "prompt_length": NATURAL, "pack": bool,
+        "overlong": ("error", "truncate", "skip"), "cache": str,
     },
     "run": {
         "steps": COUNT, "data_epochs": Number(float, 0.0), "batch_size": NATURAL, "microbatches": NATURAL, "epochs": NATURAL,
@@ -81,7 +82,12 @@ ONLINE: dict[str, Any] = {
     },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
-KINDS = {Sequences: ("demo", "text"), Comparisons: ("preference",), Rollout: ("prompt",)}
+PTX: dict[str, Any] = {  # a second data set beside the rollouts, run.batch_size rows of it per iteration
+    "kind": ("text", "demo"), "train": str, "max_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"),
+}
+KINDS = {  # what fills a batch type; an objective's own `DATA` goes before it
+    Sequences: ("demo", "text"), Comparisons: ("preference",), Unpaired: ("feedback",), Labelled: ("rating", "stepwise"), Rollout: ("prompt",),
+}
 
 
 def _typed(key: str, value: Any, want: Any) -> Any:
@@ -138,7 +144,7 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
         if not isinstance(values.get(name), dict):
             raise UserError(f"config.{name} = {values.get(name)!r}: must be a section")
     objective = objectives.bind(values["objective"])
-    kinds = KINDS.get(objective.batch_type)
+    kinds = objective.data or KINDS.get(objective.batch_type)
     if kinds is None:
         names = ", ".join(t.__name__ for t in KINDS)
         raise UserError(f"config.objective.name = {objective.name!r} trains on {objective.batch_type.__name__}, which no data kind fills: "
@@ -146,32 +152,56 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
     if values["data"].get("kind") not in kinds:
         raise UserError(f"config.data.kind = {values['data'].get('kind')!r}: {objective.name} trains on {' or '.join(kinds)} data")
     online = objective.batch_type is Rollout
-    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE)}, "config")
+    _check_ptx(values, objective, online)
+    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE), **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
     model = ModelConfig.create(c["model"], ())
     try:
         re.compile(c["trainable"])
     except re.error as error:
         raise UserError(f"config.trainable = {c['trainable']!r} is not a regular expression: {error}") from error
-    _check_run(c, model, online)
+    _check_run(c, model, objective, online)
     _check_needs(c, objective, online)
     _check_files(c)
     return c, objective
 
 
-def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
+def _check_ptx(values: Mapping[str, Any], objective: objectives.Objective, online: bool) -> None:
+    """The section of the second data set is there exactly when the objective trains on one."""
+    name, needed = objective.name, "ptx" in objective.needs
+    if needed and not online:
+        raise UserError(f"config.objective.name = {name!r} needs a second data set, which goes with rollouts only: annotate its batch with Rollout")
+    if needed and "ptx" not in values:
+        raise UserError(f"config.ptx is missing: {name} trains on a second data set beside its samples; write the section out with "
+                        f"{', '.join(PTX)}, as configs/ppo_ptx.py does")
+    if not needed and "ptx" in values:
+        raise UserError(f"config.ptx: {name} with these hyper-parameters trains on no second data set; take the section out")
+
+
+def trained_rows(config: Mapping[str, Any], objective: objectives.Objective) -> int:
+    """Rows that an update is cut from: those of a batch, or half of them where two completions make a pair.
+
+    Args:
+      config: checked, or as far as config.run.
+      objective: bound.
+    """
+    return config["run"]["batch_size"] // (2 if "pairs" in objective.needs else 1)
+
+
+def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.Objective, online: bool) -> None:
     run, data = c["run"], c["data"]
     if (run["steps"] > 0) == (run["data_epochs"] > 0):
         raise UserError(f"config.run.steps = {run['steps']} and config.run.data_epochs = {run['data_epochs']:g}: set exactly one of them")
-    parts = run["microbatches"] * run["minibatches"]
-    if run["batch_size"] % parts:
-        raise UserError(f"config.run.batch_size = {run['batch_size']} does not divide into minibatches × microbatches = {parts}: "
+    parts, rows = run["microbatches"] * run["minibatches"], trained_rows(c, objective)
+    paired = "" if rows == run["batch_size"] else f", {rows} pairs,"
+    if rows % parts:
+        raise UserError(f"config.run.batch_size = {run['batch_size']}{paired} does not divide into minibatches × microbatches = {parts}: "
                         "choose a multiple")
     sizes = [c["mesh"]["data"], c["mesh"]["fsdp"]]
-    if min(sizes) > 0 and (run["batch_size"] // parts) % (sizes[0] * sizes[1]):
-        raise UserError(f"config.run.batch_size = {run['batch_size']} gives {run['batch_size'] // parts} rows a microbatch, which the "
+    if min(sizes) > 0 and (rows // parts) % (sizes[0] * sizes[1]):
+        raise UserError(f"config.run.batch_size = {run['batch_size']}{paired} gives {rows // parts} rows a microbatch, which the "
                         f"{sizes[0] * sizes[1]} devices of config.mesh.data × fsdp do not divide")
     if c["network"] == "reward" and online:
-        raise UserError("config.network = 'reward': a reward model trains on preference data, not on prompts")
+        raise UserError("config.network = 'reward': a reward model trains on judged responses, not on prompts")
     if c["validation"]["every"] and not data["valid"]:
         raise UserError("config.validation.every is set but config.data.valid is empty: name a validation file, or set every = 0")
     if c["tokenizer"]["kind"] == "inherit" and not c["init_from"]:
@@ -182,6 +212,8 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, online: bool) -> None:
         if data["max_length"] > model.context:
             raise UserError(f"config.data.max_length = {data['max_length']} exceeds config.model.context = {model.context}")
         return
+    if "ptx" in c and c["ptx"]["max_length"] > model.context:
+        raise UserError(f"config.ptx.max_length = {c['ptx']['max_length']} exceeds config.model.context = {model.context}")
     sampling = c["sampling"]
     if run["batch_size"] % sampling["group_size"]:
         raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
@@ -202,6 +234,8 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     name, needs = objective.name, objective.needs
     if "reference" in needs and not c["reference_from"]:
         raise UserError(f"config.reference_from = '': {name} compares the policy with a reference; name a run, or 'init' for the initial policy")
+    if "teacher" in needs and not c["reference_from"]:
+        raise UserError(f"config.reference_from = '': {name} learns from a teacher; name its run")
     if not online:
         return
     if "critic" in needs and c["critic"]["kind"] == "none":
@@ -209,6 +243,9 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     if "group" in needs and c["sampling"]["group_size"] < 2:
         raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} compares samples of one prompt with each other, "
                         "at least 2 of them")
+    if ("pairs" in needs or objective.opponent is not None) and c["sampling"]["group_size"] % 2:
+        raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} takes the samples of a prompt two by two; choose an "
+                        "even number")
     if "reward" in needs and bool(c["reward_from"]) == bool(c["reward_fn"]):
         raise UserError(f"config.reward_from = {c['reward_from']!r} and config.reward_fn = {c['reward_fn']!r}: set exactly one of them")
     if "reward" not in needs and (c["reward_from"] or c["reward_fn"]):
@@ -217,12 +254,12 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
 
 
 def _check_files(c: Mapping[str, Any]) -> None:
-    for key in ("train", "valid"):
-        path = c["data"][key]
-        if not path and key == "train":
-            raise UserError("config.data.train is empty: name a JSONL file or a folder of them")
+    files = {"data.train": c["data"]["train"], "data.valid": c["data"]["valid"]} | ({"ptx.train": c["ptx"]["train"]} if "ptx" in c else {})
+    for key, path in files.items():
+        if not path and key != "data.valid":
+            raise UserError(f"config.{key} is empty: name a JSONL file or a folder of them")
         if path and not os.path.exists(path):
-            raise UserError(f"config.data.{key} = {path!r}: no such file or folder")
+            raise UserError(f"config.{key} = {path!r}: no such file or folder")
     for key in ("init_from", "reference_from", "reward_from"):
         path = c.get(key, "")
         if path and not (key == "reference_from" and path == "init") and "://" not in path and not os.path.exists(path):

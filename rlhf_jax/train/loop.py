@@ -32,6 +32,7 @@ from rlhf_jax.types import PyTree, Rollout, TrainState
 
 PROFILED = 3  # steps in a --profile trace, after one warm-up step
 FREE = ("log", "checkpoint")  # config sections that a resumed run may change
+FILES = {"train": ("data", "train"), "valid": ("data", "valid"), "ptx": ("ptx", "train")}  # data.json's names → config sections and keys
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ class _Run:
     def go(self, state: TrainState, start: int) -> Result:
         exp, log = self.exp, self.exp.config["log"]
         where = sharding.row_sharding(exp.mesh)
-        fetch = lambda index: distributed.to_global(exp.train_data.batch(index, seed=exp.config["seed"]), where)  # noqa: E731
+        fetch = lambda index: distributed.to_global(exp.batch(index), where)  # noqa: E731
         wandb = {"project": log["wandb"], "name": self.folder.name} if log["wandb"] else None
         stopped = "early" if self._exhausted() else "finished"
         step = start
@@ -192,11 +193,12 @@ class _Run:
         if self.samples is not None and distributed.is_lead():
             at, previous = self.samples
             rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
-            scores = jax.device_get(previous.scores)[: log["samples"]]
+            scored = previous.scores is not None
+            scores = jax.device_get(previous.scores)[: log["samples"]] if scored else [None] * len(rows)
             with (self.folder / "samples.jsonl").open("ab") as file:
                 for row, score in zip(rows, scores, strict=True):
-                    line = json.dumps({"step": at, **row, "score": round(float(score), 6)}, ensure_ascii=False) + "\n"
-                    file.write(line.encode())
+                    said = {"step": at, **row, **({"score": round(float(score), 6)} if scored else {})}
+                    file.write((json.dumps(said, ensure_ascii=False) + "\n").encode())
         due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
         self.samples = (step, rolled) if due and rolled is not None else None
 
@@ -302,7 +304,7 @@ def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
 
 def _data_account(exp: Experiment) -> dict[str, dict[str, Any]]:
     """What became of each file's rows, and the digest of the prepared set."""
-    sets = {"train": exp.train_data, "valid": exp.valid_data}
+    sets = {"train": exp.train_data, "valid": exp.valid_data, "ptx": exp.ptx_data}
     return {name: {"digest": one.prepared.digest, **one.stats} for name, one in sets.items() if one is not None}
 
 
@@ -312,7 +314,8 @@ def _same_data(folder: epath.Path, exp: Experiment) -> None:
     saved = json.loads(path.read_text()) if path.exists() else {}
     for name, account in _data_account(exp).items():
         if name in saved and saved[name]["digest"] != account["digest"]:
-            raise UserError(f"config.data.{name} = {exp.config['data'][name]!r}: its content changed since the run in {folder} was started: "
+            section, key = FILES[name]
+            raise UserError(f"config.{section}.{key} = {exp.config[section][key]!r}: its content changed since the run in {folder} was started: "
                             "choose another --workdir, or restore the file")
 
 
@@ -336,8 +339,8 @@ def _write_start(folder: epath.Path, exp: Experiment) -> None:
     for name, account in _data_account(exp).items():
         skipped = sum(account["skipped"].values())
         if account["truncated"] or skipped or account["identical"]:
-            print(f"config.data.{name}: {account['read']} rows read, {account['kept']} kept, {account['truncated']} truncated, {skipped} skipped "
-                  f"{dict(account['skipped'])}, {account['identical']} pairs of identical branches", flush=True)
+            print(f"config.{'.'.join(FILES[name])}: {account['read']} rows read, {account['kept']} kept, {account['truncated']} truncated, "
+                  f"{skipped} skipped {dict(account['skipped'])}, {account['identical']} pairs of identical branches", flush=True)
 
 
 def _cut_samples(folder: epath.Path, step: int) -> None:

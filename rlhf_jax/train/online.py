@@ -20,20 +20,29 @@ from rlhf_jax.types import Array, Prompts, PyTree, Rollout, TrainState
 Stage = Callable[..., Any]
 
 
-def make_rollout(spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int) -> Stage:
-    """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row.
+def make_rollout(
+    spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, opponent: Callable[[Networks], Any] | None = None
+) -> Stage:
+    """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row, beside the second data set's rows that came with the prompts.
 
     Args:
       spec: the networks' static part; its temperature divides the sampler's logits too.
       options: config.sampling.
       stop_ids, pad_id: from the tokenizer.
+      opponent: the objective's; what it makes of the networks draws every second row. None: the policy draws all.
     """
 
     def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array, iteration: Array) -> Rollout:
-        return sampling.generate(
-            Networks(params, frozen, spec), prompts, key, iteration=iteration, max_new_tokens=options["max_new_tokens"],
-            temperature=spec.temperature, top_k=options["top_k"], top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id,
+        nets = Networks(params, frozen, spec)
+        settings: dict[str, Any] = dict(
+            iteration=iteration, max_new_tokens=options["max_new_tokens"], temperature=spec.temperature, top_k=options["top_k"],
+            top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id,
         )
+        if opponent is None:
+            rolled = sampling.generate(nets, prompts, key, **settings)
+        else:
+            rolled = sampling.generate_against(nets, opponent(nets), prompts.replace(ptx=None), key, **settings)
+        return rolled.replace(ptx=prompts.ptx)
 
     return rollout
 
@@ -52,20 +61,21 @@ def make_score(spec: NetworkSpec, mean: float, std: float) -> Stage:
     return score
 
 
-def fuse(rollout: Stage, score: Stage, step: Stage) -> Callable[[TrainState, PyTree, Prompts], tuple[TrainState, Any, Rollout]]:
+def fuse(rollout: Stage, score: Stage | None, step: Stage) -> Callable[[TrainState, PyTree, Prompts], tuple[TrainState, Any, Rollout]]:
     """One iteration `(state, frozen, prompts) -> (state, metrics, rollout)`, to be jitted whole.
 
     Args:
       rollout: from make_rollout.
-      score: `(params, frozen, rollout) -> [B]`, pure JAX.
+      score: `(params, frozen, rollout) -> [B]`, pure JAX; None for an objective that reads no score.
       step: from train.step.make_step.
     """
 
     def iteration(state: TrainState, frozen: PyTree, prompts: Prompts) -> tuple[TrainState, Any, Rollout]:
         rolled = rollout(state.params, frozen, prompts, state.key, state.batch_index)
-        scores = score(state.params, frozen, rolled)
-        chex.assert_equal_shape([scores, rolled.truncated])
-        rolled = rolled.replace(scores=scores)
+        if score is not None:
+            scores = score(state.params, frozen, rolled)
+            chex.assert_equal_shape([scores, rolled.truncated])
+            rolled = rolled.replace(scores=scores)
         state, metrics = step(state, frozen, rolled)
         return state, metrics, rolled
 

@@ -1,7 +1,7 @@
 """The compiled programs of a run: one that advances the state by a batch, one that validates, one that reads reward scores.
 
-Offline: the step. Online with a JAX reward: rollout, score and step as one program. Online with a host reward: rollout and step apart, the
-reward function between. All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
+Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward: rollout and step
+apart, the reward function between. All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_jax.train import online
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.step import fill_reference, make_step
-from rlhf_jax.types import Array, Comparisons, Mean, Prompts, Purpose, PyTree, Rollout, TrainState
+from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState
 
 RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
 ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
@@ -50,16 +50,18 @@ class Programs:
         if not exp.online:
             self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
         else:
-            self.rollout = online.make_rollout(
-                exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
+            rollout = functools.partial(
+                online.make_rollout, exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
             )
-            self._rollout = sharding.jit(self.rollout, exp.mesh)
-            self.score = self._reward()
+            self.rollout = rollout()  # the policy alone, which is what validation measures
+            contested = rollout(opponent=exp.objective.opponent)
+            self._rollout = sharding.jit(contested, exp.mesh)
+            self.score: Any = self._reward() if exp.scored else None
             if self._fused:
-                fused = online.fuse(self.rollout, self.score, step)
+                fused = online.fuse(contested, self.score, step)
                 self._step = jit_state(self._counted(fused), out_shardings=(exp.start.shardings, None, None))
             else:
-                self._score = sharding.jit(self.score, exp.mesh) if self._host_reward is None else None
+                self._score: Any = None if self.score is None else sharding.jit(self.score, exp.mesh)
                 self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
 
     def advance(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
@@ -71,7 +73,8 @@ class Programs:
         if self._fused:
             return self._step(state, frozen, batch)
         rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
-        rolled = rolled.replace(scores=self._scores(state.params, rolled, self.exp.train_data))
+        if self.exp.scored:
+            rolled = rolled.replace(scores=self._scores(state.params, rolled, self.exp.train_data))
         state, metrics = self._step(state, frozen, rolled)
         return state, metrics, rolled
 
@@ -86,15 +89,16 @@ class Programs:
         """
         exp, state = self.exp, self.exp.start.abstract
         where = sharding.row_sharding(exp.mesh)
-        batch = _shapes(exp.train_data.batch(0, seed=exp.config["seed"]), where)
+        batch = _shapes(exp.batch(0), where)
         if exp.online and not self._fused:
             rolled = self._rollout.eval_shape(state.params, exp.frozen, batch, state.key, state.batch_index)
-            rolled = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
+            if exp.scored:
+                rolled = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
             batch = jax.tree.map(sharding.placed, rolled, jax.tree.map(lambda _: where, rolled))
         self._step.eval_shape(state, exp.frozen, batch)
         if exp.valid_data is None:
             return set()
-        if exp.online:
+        if exp.scored:
             return {f"eval/{name}" for name in ONLINE_VALIDATION}
         held_out = _shapes(next(iter(exp.valid_data.eval_batches())), where)
         found = self._validate.eval_shape(state.params, state.opt_state, state.carry, exp.frozen, state.key, held_out)
@@ -164,22 +168,28 @@ class Programs:
     def _validate(self) -> Any:
         exp = self.exp
 
-        def offline(params: PyTree, opt_state: PyTree, carry: PyTree, frozen: PyTree, key: Array, batch: PyTree) -> dict[str, Mean]:
+        def held_out(params: PyTree, opt_state: PyTree, carry: PyTree, frozen: PyTree, key: Array, batch: PyTree) -> dict[str, Mean]:
             nets = Networks(evaluation_params(params, opt_state), frozen, exp.spec)
+            if exp.online:
+                batch = self._held_out_samples(nets.params, frozen, batch, key)
             batch = fill_reference(nets, batch)
             batch, _, prepared = exp.objective.prepare(nets, batch, carry, key)
             terms, metrics = exp.objective.loss(nets, batch, None)
             return {**prepared, **metrics, **{f"loss/{name}": term for name, term in terms.items()}}
 
-        return sharding.jit(offline, exp.mesh)
+        return sharding.jit(held_out, exp.mesh)
+
+    def _held_out_samples(self, params: PyTree, frozen: PyTree, prompts: Prompts, key: Array) -> Rollout:
+        """Fresh samples, the same at every validation but for the weights."""
+        return self.rollout(params, frozen, prompts, jax.random.fold_in(key, Purpose.VALIDATION), jnp.int32(0))
 
     def validate(self, state: TrainState) -> dict[str, Mean]:
-        """Metrics over the validation set, named `eval/…`: an objective's own offline, the mean score of fresh samples online."""
+        """Metrics over the validation set, named `eval/…`: the objective's own, or where samples are scored the mean score of fresh ones."""
         limit = self.exp.config["validation"]["batches"] or None
         total: dict[str, Mean] = {}
         for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
-            found = self._validate_online(state, placed) if self.exp.online else self._validate(
+            found = self._validate_online(state, placed) if self.exp.scored else self._validate(
                 state.params, state.opt_state, state.carry, self.exp.frozen, state.key, placed
             )
             total = {name: total[name].merge(mean) if name in total else mean for name, mean in found.items()}
@@ -197,28 +207,25 @@ class Programs:
 
     @functools.cached_property
     def _validation_rollout(self) -> Any:
-        def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array) -> Rollout:
-            return self.rollout(params, frozen, prompts, jax.random.fold_in(key, Purpose.VALIDATION), jnp.int32(0))
-
-        return sharding.jit(rollout, self.exp.mesh)
+        return sharding.jit(self._held_out_samples, self.exp.mesh)
 
     @functools.cached_property
     def _validation_score(self) -> Any:
         return sharding.jit(self.score, self.exp.mesh)
 
     def reward_moments(self, state: TrainState) -> dict[str, float]:
-        """Mean and standard deviation of a reward model's scores over the validation pairs, for its checkpoint's meta."""
+        """Mean and standard deviation of a reward model's scores over the validation set's responses, for its checkpoint's meta."""
         scores, limit = [], self.exp.config["validation"]["batches"] or None
         for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
-            found = self._pair_scores(state.params, state.opt_state, self.exp.frozen, placed)
-            scores.append(np.asarray(found)[np.asarray(batch.real)].ravel())
+            found = self._response_scores(state.params, state.opt_state, self.exp.frozen, placed)
+            scores.append(np.asarray(found)[np.asarray(batch.seqs.real)])
         mean, std = learned.reference_moments(np.concatenate(scores))
         return {"reward_mean": mean, "reward_std": std}
 
     @functools.cached_property
-    def _pair_scores(self) -> Any:
-        def read(params: PyTree, opt_state: PyTree, frozen: PyTree, batch: Comparisons) -> Array:
+    def _response_scores(self) -> Any:
+        def read(params: PyTree, opt_state: PyTree, frozen: PyTree, batch: Comparisons | Labelled) -> Array:
             nets = Networks(evaluation_params(params, opt_state), frozen, self.exp.spec)
             return masking.at_last_real(nets.reward(batch.seqs).scores, batch.seqs.segment_ids)
 

@@ -105,10 +105,12 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
 
 
 def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState) -> tuple[PyTree, Any]:
-    """Updates and the optimizer's next state; zeros and the old state, counted, where either gradients or updates are not finite
-    (`optax.apply_if_finite` looks at the gradients only)."""
+    """Updates and the optimizer's next state; zeros and the old state, counted, where gradients, their norm or updates are not finite.
+
+    `optax.apply_if_finite` looks at the gradients only. A gradient whose square overflows would leave Adam's second moment infinite, and its
+    parameter standing still, for ever; and clipping to a norm would turn the whole update into zeros that nobody counts."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]))
+    finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)] + [jnp.isfinite(optax.global_norm(grads))]))
     counted = state.opt_state._replace(
         notfinite_count=state.opt_state.notfinite_count + 1, total_notfinite=state.opt_state.total_notfinite + 1, last_finite=jnp.array(False)
     )

@@ -22,11 +22,17 @@ def made(tmp_path_factory):
         "text": [{"text": f"t{i} " * (i % 5 + 1)} for i in range(13)],
         "preference": [{"prompt": f"q{i}", "chosen": f"good{i}", "rejected": f"b{i}"} for i in range(13)],
         "prompt": [{"prompt": f"q{i}", "reference": {"row": i}} for i in range(13)],
+        "ranking": [{"prompt": f"q{i}", "responses": [f"{place}{i}" for place in "abcd"[: i % 3 + 2]]} for i in range(13)],
+        "feedback": [{"prompt": f"q{i}", "completion": f"r{i}" * (i % 4 + 1), "label": i % 3 == 0} for i in range(13)],
+        "rating": [{"prompt": f"q{i}", "completion": f"r{i}", "score": i / 2} for i in range(13)],
+        "stepwise": [{"prompt": f"q{i}", "completions": ["s"] * (i % 3 + 1), "labels": [i % 2 == 0] * (i % 3 + 1)} for i in range(13)],
     }
     for i in range(1, 13, 2):
         rows["preference"][i]["margin"] = i
     for kind, content in rows.items():
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    pairs = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in rows["preference"]]
+    (root / "preference_as_ranking.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (root / "plain_pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
 
     def open_(kind, *, tokenizer=None, file=None, **options):
@@ -36,7 +42,11 @@ def made(tmp_path_factory):
     return open_
 
 
-KINDS = [("demo", {}), ("demo", {"pack": True}), ("text", {}), ("text", {"pack": True}), ("preference", {}), ("prompt", {"group_size": 2})]
+JUDGED = ["ranking", "feedback", "rating", "stepwise"]
+KINDS = [
+    ("demo", {}), ("demo", {"pack": True}), ("text", {}), ("text", {"pack": True}), ("preference", {}), ("prompt", {"group_size": 2}),
+    *((kind, {}) for kind in JUDGED),
+]
 
 
 def leaves(batch):
@@ -127,14 +137,17 @@ def test_rows_by_hand(made, tok):
     assert batch.loss_positions[0].tolist() == [6, 7, 8] + [0] * 13
 
 
-def test_loss_positions_cover_the_mask_and_the_reading_position(made):
-    for kind in ("demo", "preference"):
+def test_loss_positions_cover_the_mask_and_the_reading_positions(made):
+    for kind in ("demo", "preference", *JUDGED):
         batch = made(kind).batch(2, 0)
-        seqs = batch.seqs if kind == "preference" else batch
-        flat = [leaf.reshape(-1, leaf.shape[-1]) for leaf in (seqs.loss_mask, seqs.segment_ids, seqs.loss_positions)]
-        for mask, segments, where in zip(*flat):
-            wanted = sorted({*np.flatnonzero(mask), np.flatnonzero(segments)[-1]})
-            assert where.tolist() == wanted + [0] * (len(where) - len(wanted))
+        every = [batch] if kind == "demo" else [batch.seqs, batch.kl_seqs] if kind == "feedback" else [batch.seqs]
+        for seqs in every:
+            flat = [leaf.reshape(-1, leaf.shape[-1]) for leaf in (seqs.loss_mask, seqs.segment_ids, seqs.loss_positions)]
+            for mask, segments, where in zip(*flat):
+                wanted = sorted({*np.flatnonzero(mask), *np.flatnonzero(segments)[-1:]})
+                assert where.tolist() == wanted + [0] * (len(where) - len(wanted))
+        if kind in ("rating", "stepwise"):
+            assert all(set(np.flatnonzero(w)) <= set(where) for w, where in zip(batch.weights, batch.seqs.loss_positions))
 
 
 def test_the_reading_position_behind_the_response_is_visited(made):
@@ -173,6 +186,59 @@ def test_comparisons(made, tok):
     assert np.concatenate([b.margin for b in batches])[:13].tolist() == [i if i % 2 else 0 for i in range(13)]
     assert batches[-1].real.tolist() == [True, False, False, False]
     assert made("preference", file="plain_pairs").batch(0, 0).margin is None
+
+
+def said(seqs, tok):
+    """What the marked tokens of every row say, by branch."""
+    return [tok.decode(t[m]) for t, m in zip(seqs.tokens.reshape(-1, T), seqs.loss_mask.reshape(-1, T))]
+
+
+def test_rankings(made, tok):
+    """K is the most responses of any row; a row with fewer ends in empty branches, and so does a filler row, which alone is not real."""
+    batches = list(made("ranking").eval_batches())
+    assert batches[0].seqs.tokens.shape == (4, 4, T) and batches[0].margin is None
+    assert batches[0].seqs.real.tolist() == [[True] * n + [False] * (4 - n) for n in (2, 3, 4, 2)]
+    assert batches[0].real.all() and batches[-1].real.tolist() == [True, False, False, False]
+    assert said(batches[0].seqs, tok)[:12] == ["a0", "b0", "", "", "a1", "b1", "c1", "", "a2", "b2", "c2", "d2"]
+    assert made("ranking", file="preference_as_ranking").batch(0, 0).seqs.tokens.shape == (4, 2, T)
+
+
+def test_feedback_is_paired_with_the_next_response(made, tok):
+    data = made("feedback")
+    batch, *_, last = list(data.eval_batches())
+    own = [f"r{i}" * (i % 4 + 1) for i in range(13)]
+    assert said(batch.seqs, tok) == own[:4] and said(batch.kl_seqs, tok) == [*own[1:4], own[0]]
+    prompts = [tok.decode(t[: m.argmax()], skip_special=False) for t, m in zip(batch.kl_seqs.tokens, batch.kl_seqs.loss_mask)]
+    assert prompts == [f"<|bos|><|user|>q{i}<|end|><|assistant|>" for i in range(4)]
+    assert batch.desirable.tolist() == [True, False, False, True] and batch.desirable.dtype == np.bool_ and batch.baseline is None
+    for seqs in (batch.seqs, batch.kl_seqs):
+        assert (seqs.positions == np.where(seqs.segment_ids, np.arange(T), 0)).all() and set(np.unique(seqs.segment_ids)) == {0, 1}
+    # One real row has no other: it keeps its own response.
+    assert last.real.tolist() == last.kl_seqs.real.tolist() == [True, False, False, False] and last.desirable.tolist() == [True] + [False] * 3
+    assert said(last.kl_seqs, tok) == said(last.seqs, tok) == [own[12], "", "", ""]
+
+
+def test_a_foreign_response_is_cut_at_the_context(made, tok):
+    """Prompts of 6 tokens: 12 leave room for 6, which is less than some responses and their end."""
+    batch = next(made("feedback", max_length=12, overlong="truncate").eval_batches())
+    found = [tok.decode(t[m], skip_special=False) for t, m in zip(batch.kl_seqs.tokens, batch.kl_seqs.loss_mask)]
+    assert found == ["r1r1<|end|>", "r2r2r2", "r3r3r3", "r0<|end|>"]
+    assert batch.kl_seqs.loss_positions is None  # every slot, as T is below the smallest bucket
+
+
+def test_ratings_and_steps(made, tok):
+    batch = next(made("rating").eval_batches())
+    ends = [len(tok.encode(f"<|bos|><|user|>q{i}<|end|><|assistant|>r{i}<|end|>")[0]) - 1 for i in range(4)]
+    assert [np.flatnonzero(row).tolist() for row in batch.weights] == [[end] for end in ends]
+    assert batch.targets[range(4), ends].tolist() == [0, 0.5, 1, 1.5] and batch.targets.sum() == 3
+    *_, last = made("rating").eval_batches()
+    assert not last.weights[1:].any() and not last.targets[1:].any()
+
+    batch = next(made("stepwise").eval_batches())
+    # bos user q 0 end assistant s ⏎ s ⏎ s end: the last step's verdict is read at the end.
+    assert [np.flatnonzero(row).tolist() for row in batch.weights] == [[7], [6, 9], [6, 8, 11], [7]]
+    assert [row[row_weights > 0].tolist() for row, row_weights in zip(batch.targets, batch.weights)] == [[1], [0, 0], [1, 1, 1], [0]]
+    assert set(np.unique(batch.weights)) == {0.0, 1.0}
 
 
 def test_prompts(made, tok):

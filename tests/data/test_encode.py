@@ -3,7 +3,7 @@ import pytest
 
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.encode import Encoder
-from rlhf_jax.data.records import Demo, Preference, Prompt, Text
+from rlhf_jax.data.records import Demo, Feedback, Preference, Prompt, Ranking, Rating, Stepwise, Text
 from rlhf_jax.data.tokenizer import END, Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -83,6 +83,83 @@ def test_identical_branches_are_counted(tok):
     made = encoder(tok)
     list(made(Preference(prompt=(u("q"),), chosen=(a("x"),), rejected=(a("x"),), margin=1.5, **PLACE)))
     assert (made.stats.identical, made.stats.margins) == (1, 1)
+
+
+def test_judged_responses_by_hand(tok):
+    """Only the response is marked, also where the prompt holds earlier answers."""
+    prompt, made = (u("q"), a("r"), u("p")), encoder(tok)
+    (good,) = made(Feedback(prompt=prompt, response=(a("s"),), desirable=True, **PLACE))
+    (rated,) = made(Rating(prompt=prompt, response=(a("s"),), score=2.5, **PLACE))
+    for row in (good, rated):
+        assert tok.decode(row["tokens"], skip_special=False) == "<|bos|><|user|>q<|end|><|assistant|>r<|end|><|user|>p<|end|><|assistant|>s<|end|>"
+        assert np.flatnonzero(row["loss_mask"]).tolist() == [11, 12]
+    assert bool(good["desirable"]) and rated["score"] == np.float32(2.5)
+    (bad,) = made(Feedback(prompt=prompt, response=(a("s"),), desirable=False, **PLACE))
+    assert not bad["desirable"] and (made.stats.desirable, made.stats.kept) == (1, 3)
+
+
+def test_a_ranking_keeps_its_order_and_its_lengths(tok):
+    made = encoder(tok)
+    (row,) = made(Ranking(prompt=(u("q"),), responses=((a("abc"),), (a(""),), (a("de"),)), **PLACE))
+    assert row["sizes"].tolist() == [9, 6, 8]
+    parts = np.split(row["tokens"], [9, 15])
+    assert [tok.decode(part, skip_special=False) for part in parts] == [f"<|bos|><|user|>q<|end|><|assistant|>{x}<|end|>" for x in ("abc", "", "de")]
+    assert [np.flatnonzero(mask).tolist() for mask in np.split(row["loss_mask"], [9, 15])] == [[5, 6, 7, 8], [5], [5, 6, 7]]
+    assert made.stats.identical == 0
+    list(made(Ranking(prompt=(u("q"),), responses=((a("x"),), (a("y"),), (a("x"),)), **PLACE)))
+    assert made.stats.identical == 1
+
+
+STEPS = Stepwise(prompt=(u("q"),), steps=("a=1", "é", "so b "), labels=(True, False, True), **PLACE)
+
+
+@pytest.mark.parametrize(("template", "text"), [
+    ("plain", "<|bos|><|user|>q<|end|><|assistant|>a=1\né\nso b <|end|>"),
+    ("lines", "<|bos|><|user|>\nq<|end|>\n<|assistant|>\na=1\né\nso b<|end|>\n"),  # strips the answer, and ends with a line break
+])
+def test_steps_by_hand(tok, template, text):
+    """The verdict is on the token of a step's last character (its last byte), the last step's on the last token of the row."""
+    made = encoder(tok, template=ChatTemplate.load(template))
+    (row,) = made(STEPS)
+    assert tok.decode(row["tokens"], skip_special=False) == text
+    read = [tok.decode(row["tokens"][: end + 1], skip_special=False) for end in row["steps"]]
+    begin = text.index("a=1")
+    assert read == [text[: begin + 3], text[: begin + 5], text] and row["labels"].tolist() == [True, False, True]
+    assert row["loss_mask"][row["steps"][:-1]].all() and (made.stats.steps, made.stats.steps_cut) == (3, 0)
+    # A step's text may occur in the prompt, in the header and in other steps.
+    (row,) = made(Stepwise(prompt=(u("s\ns"),), steps=("s", "s", "s"), labels=(True, True, False), **PLACE))
+    assert np.diff(row["steps"]).tolist() == [2, {"plain": 3, "lines": 4}[template]]
+
+
+def test_steps_that_a_cut_leaves_incomplete_lose_their_verdict(tok):
+    """Bytes of q: 5 tokens of prompt, then a=1 ⏎ é(2) ⏎ so b␣ end: the steps end at 7, 10 and 17."""
+    for length, kept, cut in ((18, [7, 10, 17], 0), (17, [7, 10], 1), (11, [7, 10], 1), (10, [7], 2), (8, [7], 2)):
+        made = encoder(tok, max_length=length, overlong="truncate")
+        (row,) = made(STEPS)
+        assert (row["steps"].tolist(), row["labels"].tolist(), len(row["tokens"])) == (kept, [True, False, True][: len(kept)], length)
+        assert (made.stats.steps, made.stats.steps_cut, made.stats.truncated) == (len(kept), cut, int(length < 18))
+    made = encoder(tok, max_length=7, overlong="truncate")
+    assert list(made(STEPS)) == []
+    assert made.stats.skipped == {"no step ends within config.data.max_length": 1}
+    assert (made.stats.kept, made.stats.truncated, made.stats.steps_cut, made.stats.tokens) == (0, 0, 3, 0)
+    with pytest.raises(UserError, match=r"^f.jsonl:7 conversation expected at most 10 tokens"):
+        list(encoder(tok, max_length=10)(STEPS))
+    assert list(encoder(tok, max_length=10, overlong="skip")(STEPS)) == []
+
+
+def test_steps_that_cannot_be_told_apart(tok):
+    shouting = ChatTemplate(PLAIN.source.replace("message['content'] +", "message['content'] | upper +"))
+    with pytest.raises(UserError, match=r"^f.jsonl:7 completions expected a template that writes an answer as it stands, got 'template'"):
+        list(encoder(tok, template=shouting)(STEPS))
+    wide = np.array([[0, 3]])  # a tokenizer that writes "x⏎y" as one token
+    with pytest.raises(UserError, match=r"^f.jsonl:7 completions expected steps that end in a token of their own, got two in one"):
+        two = Stepwise(prompt=(u("q"),), steps=("x", "y"), labels=(True, False), **PLACE)
+        encoder(tok)._step_ends(two, "x\ny", np.ones(1, bool), wide, "x\ny")
+    bpe = Tokenizer.train_bpe(["x1"], 300)
+    one = Stepwise(prompt=(u("q"),), steps=("x<|end|>", "<|end|>"), labels=(True, False), **PLACE)  # control strings stay text
+    (row,) = encoder(bpe)(one)
+    assert [t for t in row["tokens"].tolist() if t < 6] == [1, 3, 5, 4, 5]
+    assert bpe.decode(row["tokens"][: row["steps"][0] + 1]).endswith("x<|end|>")
 
 
 def test_a_prompt_is_the_beginning_of_its_conversation(tok):

@@ -60,6 +60,15 @@ def test_the_other_kinds(run, jsonl):
     prompts = run("prompt", jsonl([{"prompt": "é", "answer": 3}], "q.jsonl"))
     assert json.loads(prompts[0]["messages"]) == [{"role": "user", "content": "é"}] and json.loads(prompts[0]["reference"]) == {"answer": 3}
     assert prompts.head_lengths.tolist() == [[0]]
+    ranked = run("ranking", jsonl([{"prompt": "q", "responses": ["abc", "d"]}, {"prompt": "q", "responses": ["", "ef", "g"]}], "r.jsonl"))
+    assert ranked.lengths.tolist() == [[9, 7, 0], [6, 8, 7]] and ranked.head_lengths.tolist() == [[4, 2, 0], [1, 3, 2]]
+    assert ranked[1]["sizes"].tolist() == [6, 8, 7] and ranked.stats["longest"] == 9
+    thumbs = run("feedback", jsonl([{"prompt": "q", "completion": "r", "label": flag} for flag in (True, False)], "f.jsonl"))
+    assert [bool(thumbs[i]["desirable"]) for i in (0, 1)] == [True, False] and thumbs.stats["desirable"] == 1
+    rated = run("rating", jsonl([{"prompt": "q", "completion": "r", "score": -1.5}], "s.jsonl"))
+    assert rated[0]["score"] == np.float32(-1.5) and rated.lengths.tolist() == [[7]]
+    steps = run("stepwise", jsonl([{"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}], "t.jsonl"))
+    assert steps[0]["steps"].tolist() == [5, 8] and steps[0]["labels"].tolist() == [True, False] and steps.stats["steps"] == 2
 
 
 def test_reused_until_something_changes(run, jsonl, tmp_path, monkeypatch):

@@ -53,6 +53,45 @@ def test_identical_conversations_keep_an_answer_each(jsonl):
 
 
 @pytest.mark.parametrize(
+    ("row", "responses"),
+    [
+        ({"prompt": "q", "responses": ["g", "m", "b"]}, ("g", "m", "b")),
+        ({"prompt": [u("q")], "responses": [[a("g")], "b"]}, ("g", "b")),
+        ({"prompt": [u("q")], "responses": [[u("q"), a("g")], [a("b")]]}, ("g", "b")),
+        ({"prompt": "q", "completions": ["b", "g", "m"], "scores": [-1, 2.5, 0]}, ("g", "m", "b")),
+    ],
+)
+def test_ranking_formats(jsonl, row, responses):
+    (record,) = read_records("ranking", jsonl([row]))
+    assert (record.prompt, record.responses) == ((u("q"),), tuple((a(text),) for text in responses))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "completion": "r"}, (u("q"),)),
+        ({"prompt": "q", "response": "r"}, (u("q"),)),
+        ({"prompt": [u("q")], "completion": [a("r")]}, (u("q"),)),
+        ({"prompt": [u("q")], "completion": [u("q"), a("r")]}, (u("q"),)),
+        ({"messages": [u("q"), a("r")]}, (u("q"),)),
+        ({"messages": [u("o"), a("x"), u("q"), a("r")]}, (u("o"), a("x"), u("q"))),
+    ],
+)
+def test_judged_formats(jsonl, row, prompt):
+    """The last message of a conversation is the one that is judged."""
+    for desirable in (True, False):
+        (record,) = read_records("feedback", jsonl([row | {"label": desirable}]))
+        assert (record.prompt, record.response, record.desirable) == (prompt, (a("r"),), desirable)
+    (record,) = read_records("rating", jsonl([row | {"score": 3}]))
+    assert (record.prompt, record.response, record.score) == (prompt, (a("r"),), 3.0)
+
+
+def test_stepwise_format(jsonl):
+    (record,) = read_records("stepwise", jsonl([{"prompt": "q", "completions": ["one", "two "], "labels": [True, False]}]))
+    assert (record.prompt, record.steps, record.labels) == ((u("q"),), ("one", "two "), (True, False))
+
+
+@pytest.mark.parametrize(
     ("row", "reference"),
     [
         ({"prompt": "q"}, None),
@@ -92,6 +131,34 @@ BAD = [
     ("preference", {"prompt": "q", "chosen": "x", "rejected": "y", "margin": True}, r"margin expected a finite number, got true"),
     ("preference", b'{"prompt": "q", "chosen": "x", "rejected": "y", "margin": NaN}', r"margin expected a finite number, got NaN"),
     ("preference", {"prompt": "q", "chosen": "x", "rejected": "y", "margin": 10**400}, r"margin expected a finite number"),
+    ("ranking", {"prompt": "q", "chosen": "x"}, r"responses expected prompt \+ responses \(best first\)"),
+    ("ranking", {"prompt": "q", "completions": ["x", "y"]}, r"responses expected prompt \+ responses"),
+    ("ranking", {"responses": ["x", "y"]}, r"responses expected prompt \+ responses"),
+    ("ranking", {"prompt": "q", "responses": ["x"]}, r"responses expected a list of at least two responses, got \[\"x\"\]"),
+    ("ranking", {"prompt": "q", "responses": "xy"}, r"responses expected a list of at least two responses, got 'xy'"),
+    ("ranking", {"prompt": "q", "responses": ["x", 3]}, r"responses\[1\] expected a string or a list of messages, got 3"),
+    ("ranking", {"prompt": "q", "responses": ["x", [u("y")]]}, r"responses\[1\] expected a response ending with an assistant"),
+    ("ranking", {"prompt": "q", "completions": ["x", "y"], "scores": [1, 1]}, r"scores expected numbers that all differ, got \[1, 1\]"),
+    ("ranking", {"prompt": "q", "completions": ["x", "y"], "scores": [1]}, r"scores expected a list of 2 numbers, one per completion, got \[1\]"),
+    ("ranking", {"prompt": "q", "completions": ["x", "y"], "scores": [1, 2, 3]}, r"scores expected 2 numbers, one per completion"),
+    ("ranking", {"prompt": "q", "completions": ["x", "y"], "scores": [1, "2"]}, r"scores\[1\] expected a finite number, got '2'"),
+    ("feedback", {"prompt": "q", "label": True}, r"completion expected prompt \+ completion, prompt \+ response, or messages"),
+    ("feedback", {"prompt": "q", "completion": "x"}, r"label expected true or false, got nothing"),
+    ("feedback", {"prompt": "q", "completion": "x", "label": 1}, r"label expected true or false, got 1"),
+    ("feedback", {"prompt": "q", "completion": "x", "label": "good"}, r"label expected true or false, got 'good'"),
+    ("feedback", {"messages": [u("q")], "label": True}, r"messages expected a prompt and the answer to it"),
+    ("feedback", {"messages": [a("x"), u("q")], "label": True}, r"messages expected a response ending with an assistant"),
+    ("feedback", {"prompt": "q", "completion": [u("p"), a("x")], "label": True}, r"completion expected the same conversation as the prompt"),
+    ("rating", {"prompt": "q", "completion": "x"}, r"score expected a finite number, got nothing"),
+    ("rating", {"prompt": "q", "completion": "x", "score": "4/5"}, r"score expected a finite number, got '4/5'"),
+    ("rating", {"prompt": "q", "completion": "x", "score": False}, r"score expected a finite number, got false"),
+    ("rating", b'{"prompt": "q", "completion": "x", "score": Infinity}', r"score expected a finite number, got Infinity"),
+    ("stepwise", {"prompt": "q", "completions": ["x"]}, r"completions expected prompt \+ completions \(the steps of one answer\) \+ labels"),
+    ("stepwise", {"prompt": "q", "completions": "x", "labels": [True]}, r"completions expected a list of steps, got 'x'"),
+    ("stepwise", {"prompt": "q", "completions": [], "labels": []}, r"completions expected a list of steps, got \[\]"),
+    ("stepwise", {"prompt": "q", "completions": ["x", " "], "labels": [True, True]}, r"completions\[1\] expected a non-empty string, got ' '"),
+    ("stepwise", {"prompt": "q", "completions": ["x", "y"], "labels": [True]}, r"labels expected 2 labels, one per step, got \[true\]"),
+    ("stepwise", {"prompt": "q", "completions": ["x"], "labels": [0]}, r"labels\[0\] expected true or false, got 0"),
     ("prompt", {"text": "x"}, r"prompt expected prompt"),
     ("prompt", {"messages": [u("q"), a("r")]}, r"messages expected a conversation that waits for an answer"),
     ("prompt", {"prompt": "q", "reference": "3"}, r"reference expected an object, got '3'"),
@@ -102,6 +169,10 @@ BAD = [
 GOOD = {
     "demo": {"prompt": "q", "response": "r"},
     "preference": {"prompt": "q", "chosen": "x", "rejected": "y"},
+    "ranking": {"prompt": "q", "responses": ["x", "y"]},
+    "feedback": {"prompt": "q", "completion": "x", "label": True},
+    "rating": {"prompt": "q", "completion": "x", "score": 1.5},
+    "stepwise": {"prompt": "q", "completions": ["x"], "labels": [True]},
     "prompt": {"prompt": "q"},
     "text": {"text": "x"},
 }

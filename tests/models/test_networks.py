@@ -208,6 +208,44 @@ def test_branches_drop_out_differently_and_dropout_keeps_the_mean():
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.7)} and abs(float(dropped.mean()) - 1) < 0.02
 
 
+# --- noise on the embeddings ---
+
+
+@functools.partial(tiny.jit, static_argnums=3)
+def noise(embedded, segments, keys, alpha):
+    return networks.transformer.perturb(embedded, segments, keys, alpha) - embedded
+
+
+def test_noise_is_a_function_of_the_rows_key():
+    seqs, nets, keys = tiny.rows(6, 8), tiny.nets(BASE), jax.random.split(jax.random.key(0), 6)
+    noisy = tiny.jit(lambda seqs, keys: nets.policy(seqs, keys, noise=5.0).logps)
+    whole = noisy(seqs, keys)
+    for part in (slice(0, 3), slice(1, 6, 2)):
+        piece, piece_keys = jax.tree.map(lambda x: x[part], (seqs, keys))  # noqa: B023
+        tiny.close(noisy(piece, piece_keys), whole[part], rtol=1e-4, atol=1e-5)
+    tiny.close(noisy(seqs, None), read(nets, seqs)["logps"], atol=1e-5)
+    assert (np.abs(np.asarray(whole - noisy(seqs, keys[::-1]))).max(-1) > 1e-3).all()
+    twins = jax.tree.map(lambda x: jnp.stack([x, x], axis=1), seqs)
+    both = noisy(twins, keys)
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3  # branches differ
+
+
+def test_noise_is_uniform_within_its_bound_and_padding_gets_none():
+    """±α/√(L·D) with variance bound²/3, L the tokens of a segment; the whole row's norm is about α/√3, whatever L."""
+    segments = jnp.asarray(np.repeat([[0, 1, 2, 0]], [10, 150, 50, 40], axis=1).repeat(3, 0), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = np.asarray(noise(jnp.zeros((3, 250, 16)), segments, keys, 6.0))
+    assert not drawn[:, :10].any() and not drawn[:, -40:].any()
+    for part in (drawn[:, 10:160], drawn[:, 160:210]):
+        bound = 6.0 / np.sqrt(part.shape[1] * 16)
+        assert 0.99 * bound < np.abs(part).max() <= bound
+        assert abs(part.mean()) < 0.05 * bound and part.var() == pytest.approx(bound**2 / 3, rel=0.05)
+        np.testing.assert_allclose(np.linalg.norm(part, axis=(1, 2)), 6.0 / np.sqrt(3), rtol=0.05)
+    half = jnp.ones((3, 250, 16), jnp.bfloat16)
+    assert networks.transformer.perturb(half, segments, keys, 6.0).dtype == jnp.bfloat16
+    assert networks.transformer.perturb(half, segments, None, 6.0) is half and networks.transformer.perturb(half, segments, keys, 0.0) is half
+
+
 # --- who trains, who is frozen ---
 
 

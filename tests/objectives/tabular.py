@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from rlhf_jax.models import transformer
 from rlhf_jax.ops import masking, vocab
 from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Rollout, Sequences, Unpaired
 
@@ -30,10 +31,11 @@ class TabularNets:
     temperature: float = struct.field(pytree_node=False, default=1.0)
     calls: list[Any] | None = struct.field(pytree_node=False, default=None)  # what `policy` was asked for, when a test wants to know
 
-    def policy(self, seqs: Sequences, keys: Array | None = None, want: tuple[Any, ...] = (vocab.logps,), along: Any = None) -> Any:
+    def policy(self, seqs: Sequences, keys: Array | None = None, want: tuple[Any, ...] = (vocab.logps,), along: Any = None,
+               noise: float = 0.0) -> Any:
         if self.calls is not None:
             self.calls.append(want)
-        return self._read(self.params["policy"], seqs, want, along)
+        return self._read(self.params["policy"], seqs, want, along, keys if noise else None, noise)
 
     def ref(self, seqs: Sequences, want: tuple[Any, ...] = (vocab.logps,)) -> Any:
         return self._read(self.frozen["ref"], seqs, want)
@@ -46,14 +48,18 @@ class TabularNets:
         """A table's hidden states are its logits."""
         return hidden / self.temperature
 
-    def _read(self, table: Array, seqs: Sequences, want: tuple[Any, ...], along: Any = None) -> Any:
+    def _read(self, table: Array, seqs: Sequences, want: tuple[Any, ...], along: Any = None, keys: Array | None = None, noise: float = 0.0
+              ) -> Any:
         before = jnp.concatenate([seqs.tokens[..., :1], seqs.tokens[..., :-1]], axis=-1)
+        logits = table[before]
+        if keys is not None:  # a table's embeddings are its logits
+            logits = transformer.perturb(logits, seqs.segment_ids, keys, noise)
         starts = masking.segment_starts(seqs.segment_ids)
         headless = starts
         if seqs.loss_positions is not None:
             chosen = jax.nn.one_hot(seqs.loss_positions, seqs.tokens.shape[-1]).any(-2)
             headless = starts | ~chosen
-        out = {f.__name__: jnp.where(headless, 0.0, f(table[before] / self.temperature, seqs.tokens, **(along or {})))
+        out = {f.__name__: jnp.where(headless, 0.0, f(logits / self.temperature, seqs.tokens, **(along or {})))
                for f in want if callable(f)}
         if "hidden" in want:
             out["hidden"] = table[seqs.tokens]
@@ -135,9 +141,11 @@ def labelled(rng: np.random.Generator, rows: int, length: int, vocabulary: int, 
 
 
 def rollout(rng: np.random.Generator, rows: int, length: int, vocabulary: int, *, group: int = 2, filler: bool = False) -> Rollout:
-    """A rollout of random tokens and scores; row 1 is truncated."""
+    """A rollout of random tokens and scores, with rows of a second data set beside it; row 1 is truncated."""
     seqs = sequences(rng, (rows, length), vocabulary, filler=filler)
-    return scored(seqs, jnp.asarray(rng.normal(size=rows), jnp.float32), group=group).replace(truncated=jnp.arange(rows) == 1)
+    rolled = scored(seqs, jnp.asarray(rng.normal(size=rows), jnp.float32), group=group)
+    ptx = sequences(np.random.default_rng(rows), (rows, length + 1), vocabulary, filler=filler, packed=True)
+    return rolled.replace(truncated=jnp.arange(rows) == 1, ptx=ptx)
 
 
 def scored(seqs: Sequences, scores: Array, *, group: int) -> Rollout:

@@ -77,7 +77,7 @@ def test_overfit_the_margin_grows():
 @pytest.mark.parametrize("call", [
     lambda: dpo.dpo_loss(jnp.ones(3), jnp.ones(1), beta=0.1),
     lambda: dpo.dpo_loss(jnp.ones((3, 1)), jnp.ones((3, 1)), beta=0.1),
-    lambda: _pairs.response_logps(jnp.ones((3, 2, 7)), tabular.sequences(np.random.default_rng(0), (3, 2, 8), V)),
+    lambda: _pairs.pair_metrics(jnp.ones((3, 2)), jnp.ones((3, 1)), tabular.comparisons(np.random.default_rng(0), 3, 8, V)),
     lambda: _pairs.reward_metrics(jnp.ones(2), jnp.ones(2), tabular.comparisons(np.random.default_rng(0), 3, 8, V)),
     lambda: _reference.reference_logps(tabular.sequences(np.random.default_rng(0), (3, 8), V).replace(ref_logps=jnp.ones((3, 1))), "dpo"),
 ])

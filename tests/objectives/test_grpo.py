@@ -1,4 +1,4 @@
-"""GRPO: values and gradients, groups, the first step, β = 0 without a reference, and a score that rises."""
+"""GRPO: groups, the first step, β = 0 without a reference, and a score that rises; what it shares with its relatives is in test_rollouts.py."""
 
 import functools
 
@@ -9,11 +9,9 @@ import pytest
 
 from rlhf_jax import objectives
 from rlhf_jax.errors import UserError
-from rlhf_jax.objectives import _rollouts, grpo
+from rlhf_jax.objectives import _policy, _rollouts
 from tests.objectives import tabular
 from tests.objectives.settings import CONFIGS
-from tests.reference import objectives as slow
-from tests.reference.numeric import gradient
 
 V = 4
 
@@ -21,21 +19,6 @@ V = 4
 @functools.cache
 def bind(**changes):
     return objectives.bind({**CONFIGS["grpo"], **changes})
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("group", [2, 3])
-def test_value_and_gradient(beta, group):
-    rng = np.random.default_rng(group)
-    old, bound = tabular.nets(rng, V), bind(beta=beta)
-    batch = tabular.with_reference(old, tabular.rollout(rng, 6, 7, V, group=group, filler=True))
-    prepared, _, _ = tabular.prepare(bound, old, batch)
-    fake = old.replace(params={"policy": old.params["policy"] + jnp.asarray(0.3 * rng.normal(size=(V, V)), jnp.float32)})
-    (before, ref), new = tabular.float64(old), tabular.float64(fake)[0]["policy"]
-    f = lambda t: slow.grpo(t, before["policy"], ref, tabular.as_numpy(batch), {**CONFIGS["grpo"], "beta": beta})  # noqa: E731
-    value, slopes = tabular.objective(bound, fake, prepared)
-    np.testing.assert_allclose(value, f(new), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(slopes["policy"], gradient(f, new), rtol=2e-3, atol=1e-5)
 
 
 def test_at_the_first_step_the_ratio_is_one_and_nothing_is_clipped():
@@ -74,7 +57,7 @@ def test_truncated_rows_pay_the_penalty_and_the_logged_score_does_not():
     rng = np.random.default_rng(2)
     fake = tabular.nets(rng, V)
     batch = tabular.rollout(rng, 4, 8, V, group=4).replace(scores=jnp.ones(4), truncated=jnp.array([True, False, False, False]))
-    prepared, _, metrics = tabular.prepare(bind(beta=0.0), fake, batch)
+    prepared, _, metrics = tabular.prepare(bind(beta=0.0, missing_eos_penalty=1.0), fake, batch)
     advantages = np.asarray(prepared.advantages).sum(-1) / np.maximum((np.asarray(prepared.advantages) != 0).sum(-1), 1)
     np.testing.assert_allclose(advantages, np.array([-1.5, 0.5, 0.5, 0.5]), rtol=1e-3)  # mean 3/4 − … over std 1/2
     assert float(metrics["objective/score"].compute()) == 1.0 and float(metrics["rollout/truncated"].compute()) == 0.25
@@ -86,7 +69,7 @@ def test_beta_zero_needs_no_reference_and_any_other_says_so():
     bound = bind(beta=0.0)
     prepared, _, metrics = tabular.prepare(bound, fake, batch)
     assert set(tabular.loss(bound, fake, prepared)[0]) == {"policy"} and "objective/kl" not in metrics
-    with pytest.raises(UserError, match="grpo needs the reference"):
+    with pytest.raises(UserError, match=r"beta > 0 needs the reference"):
         bind(beta=0.1).loss(fake, prepared, None)
 
 
@@ -123,12 +106,14 @@ def test_overfit_the_score_rises():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: grpo.grpo_loss(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool), clip_low=0.2, clip_high=0.2),
-    lambda: grpo.kl_penalty(jnp.ones((2, 3)), jnp.ones((3,), bool), beta=0.1),
+    lambda: _policy.kl_loss(jnp.ones((2, 3)), jnp.ones((2, 1)), beta=0.1, kl_estimator="k3", unbiased_kl=False),
     lambda: _rollouts.penalised(jnp.ones(3), jnp.ones(1, bool), missing_eos_penalty=1.0),
     lambda: _rollouts.log_ratio(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool)),
     lambda: _rollouts.sequence_kl(jnp.ones((2, 3)), jnp.ones((2, 1), bool), jnp.ones(2, bool)),
     lambda: _rollouts.ratio_metrics(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool), clip_low=0.2, clip_high=0.2),
+    lambda: _rollouts.drift_metrics(jnp.ones((2, 3)), jnp.ones((2, 1), bool)),
+    lambda: _rollouts.corrections(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool), correction="none", correction_low=0.0,
+                                  correction_high=3.0),
     lambda: _rollouts.rollout_metrics(tabular.rollout(np.random.default_rng(0), 2, 8, V), jnp.ones(3)),
     lambda: _rollouts.raw_scores(tabular.rollout(np.random.default_rng(0), 2, 8, V).replace(scores=jnp.ones(3))),
 ])

@@ -88,7 +88,8 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
     clean = tabular.with_reference(fake, random_batch(bound.batch_type, rng, rows=8, packed=False))
     if isinstance(clean, Rollout):  # a whole group of filler, which can be taken away
         filler = jnp.arange(8) >= 6
-        clean = clean.replace(seqs=clean.seqs.replace(segment_ids=jnp.where(filler[:, None], 0, clean.seqs.segment_ids)))
+        hidden = lambda seqs: seqs.replace(segment_ids=jnp.where(filler[:, None], 0, seqs.segment_ids))  # noqa: E731
+        clean = clean.replace(seqs=hidden(clean.seqs), ptx=hidden(clean.ptx))
     fewer = jax.tree.map(lambda x: x[:6 if isinstance(clean, Rollout) else 7], clean)  # the filler rows taken away
     results = []
     for batch in (clean, scrambled(clean), fewer):
@@ -99,11 +100,26 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_more_padding_on_either_side_changes_nothing(name):
+    """Masked = filtered: the same rows with two slots of padding before them and one after, holding random tokens."""
+    bound, fake, _ = case(name)
+    rng, length = np.random.default_rng(4), 8
+    narrow = random_batch(bound.batch_type, rng, length=length, packed=False)
+    wide = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(2, 1)]) if x.shape[-1] == length else x, narrow)
+    results = []
+    for batch in (narrow, scrambled(wide)):
+        batch, carry, prepared = tabular.prepare(bound, fake, tabular.with_reference(fake, batch))
+        results.append((carry, prepared, *tabular.loss(bound, fake, batch), tabular.objective(bound, fake, batch)))
+    close(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
     bound, fake, _ = case(name)
     batch = tabular.with_reference(fake, random_batch(bound.batch_type, np.random.default_rng(0), packed=False))
     empty = lambda seqs: seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))  # noqa: E731
-    batch = empty(batch) if isinstance(batch, Sequences) else batch.replace(seqs=empty(batch.seqs))
+    found = {} if isinstance(batch, Sequences) else {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    batch = batch.replace(**{key: empty(s) for key, s in found.items() if isinstance(s, Sequences)}) if found else empty(batch)
     batch, _, metrics = tabular.prepare(bound, fake, batch)
     value, gradient = tabular.objective(bound, fake, batch)
     assert float(value) == 0.0

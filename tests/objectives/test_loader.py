@@ -98,7 +98,7 @@ def test_a_module_of_the_users_own(module):
     ({"name": "rlhf_jax.errors"}, r"without a function `loss"),
     ({"name": "dpo", "bta": 0.1}, r"^config\.objective\.bta is not a hyper-parameter of dpo \(did you mean 'beta'\?\)$"),
     ({"name": "dpo"}, r"config\.objective lacks beta"),
-    ({"name": "ppo", "clip": 0.2}, r"lacks entropy_coef, gamma, kl_coef"),
+    ({"name": "ppo", "clip": 0.2}, r"lacks correction, .*entropy_coef, gamma, kl_coef"),
     ({"name": "dpo", "beta": "0.1"}, r"config\.objective\.beta is '0\.1': it must be a float"),
     ({"name": "dpo", "beta": True}, r"beta is True: it must be a float"),
     ({"name": "dpo", "beta": None}, r"beta is None: it must be a float"),

@@ -16,9 +16,22 @@ from rlhf_jax.types import Array, Comparisons, Labelled, Rollout, Sequences, Unp
 from tests.objectives import tabular
 from tests.objectives.settings import V, bound, config, random_batch
 
-RATES: dict[str, float] = {}  # where 0.5 is too fast or too slow
-CHANGES: dict[str, dict[str, Any]] = {}  # hyper-parameters other than in settings.py
-ELSEWHERE: dict[str, str] = {"reward": "test_reward.py: an order that a table can learn"}  # objective → the test of its own that shows what moves, where none of the forms below fits
+RATES: dict[str, float] = {  # where 0.5, for rollouts 5, is too fast or too slow
+    "apo_down": 3.0, "online_dpo": 20.0, "online_ipo": 0.05, "xpo": 20.0, "nash_md": 40.0,
+    "ppo": 3.0, "rloo": 2.0, "dr_grpo": 10.0,
+}
+CHANGES: dict[str, dict[str, Any]] = {  # hyper-parameters other than in settings.py
+    "online_ipo": {"tau": 0.02}, "xpo": {"alpha": 1e-3}, "nash_md": {"tau": 0.008},
+    "ppo": {"kl_coef": 0.01, "entropy_coef": 0.0, "whiten_rewards": False}, "dr_grpo": {"beta": 1e-3, "entropy_coef": 0.0, "length_scale": 1.0},
+    "rloo": {"beta": 0.005}, "reinforce": {"beta": 0.005, "entropy_coef": 0.0}, "reinforce_pp": {"beta": 0.005},
+}
+ELSEWHERE: dict[str, str] = {  # objective → the test of its own that shows what moves, where none of the forms below fits
+    **dict.fromkeys(("forward_kl", "reverse_kl", "gkd", "on_policy_gkd", "on_policy_reverse_kl"), "test_supervised.py: the student becomes it"),
+    "dft": "test_supervised.py: of two answers to one prompt it settles on the commoner",
+    "ppo_ptx": "test_supervised.py: the score rises and a second data set stays likely",
+    "reward": "test_reward.py: an order that a table can learn",
+    "plackett_luce": "test_rankings.py: an order of four responses that a table can learn",
+}
 WANTED = 1  # the token that the reward of a rollout asks for
 
 
@@ -68,9 +81,14 @@ def test_pairs_are_told_apart(name: str) -> None:
     fake, batch = start(), tabular.comparisons(np.random.default_rng(7), 8, 10, V, margin=False)
     batch = tabular.with_reference(fake, batch)
     objective = chosen(name)
-    before = tabular.loss(objective, fake, tabular.prepare(objective, fake, batch)[0])[1]
+
+    def measured(nets: tabular.TabularNets) -> dict[str, Any]:
+        prepared, _, metrics = tabular.prepare(objective, nets, batch)
+        return metrics | tabular.loss(objective, nets, prepared)[1]
+
+    before = measured(fake)
     after = train(objective, fake, batch, 300, RATES.get(name, 0.5))
-    metrics = tabular.loss(objective, after, tabular.prepare(objective, after, batch)[0])[1]
+    metrics = measured(after)
     assert float(metrics["reward/margin"].compute()) > float(before["reward/margin"].compute()) + 0.05
     assert float(metrics["reward/accuracy"].compute()) > 0.8
 

@@ -24,7 +24,8 @@ def bind(**changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"whiten_rewards": False, "gamma": 1.0, "lam": 0.9}, {"reward_scale": 2.0, "reward_clip": 0.5, "missing_eos_penalty": 3.0},
+    {}, {"whiten_rewards": False, "gamma": 1.0, "lam": 0.9},
+    {"reward_scale": 2.0, "reward_clip": 0.5, "missing_eos_penalty": 3.0, "kl_estimator": "k3"},
 ])
 def test_prepare_and_loss_against_the_loops(changes):
     rng = np.random.default_rng(0)
@@ -72,7 +73,7 @@ def test_actor_and_critic_are_read_in_one_pass():
 
 def test_the_score_lands_on_the_last_response_token():
     mask = jnp.array([[False, True, True, False], [False, True, True, True], [False] * 4])
-    rewards = ppo.token_rewards(jnp.array([5.0, 7.0, jnp.nan]), jnp.full((3, 4), 2.0), mask, jnp.float32(0.1))
+    rewards = ppo.token_rewards(jnp.array([5.0, 7.0, jnp.nan]), jnp.full((3, 4), 2.0), mask, jnp.float32(0.1), kl_estimator="k1")
     np.testing.assert_allclose(rewards, [[0, -0.2, 4.8, 0], [0, -0.2, -0.2, 6.8], [0, 0, 0, 0]], rtol=1e-6)
 
 
@@ -120,9 +121,20 @@ def test_a_zero_coefficient_needs_no_reference_and_any_other_says_so():
     rng = np.random.default_rng(5)
     fake, batch = tabular.nets(rng, V), tabular.rollout(rng, 4, 8, V)
     _, carry, metrics = tabular.prepare(bind(kl_coef=0.0), fake, batch)
-    assert float(carry["kl_coef"]) == 0.0 and float(metrics["objective/kl"].compute()) == 0.0
+    assert float(carry["kl_coef"]) == 0.0 and "objective/kl" not in metrics
     with pytest.raises(UserError, match="ppo needs the reference"):
         tabular.prepare(bind(), fake, batch)
+
+
+def test_the_correction_multiplies_whitened_advantages():
+    rng = np.random.default_rng(6)
+    fake, batch = tabular.nets(rng, V), tabular.rollout(rng, 4, 8, V)
+    old = fake.policy(batch.seqs).logps
+    plain, _, _ = tabular.prepare(bind(kl_coef=0.0), fake, batch)
+    twice, _, metrics = tabular.prepare(bind(kl_coef=0.0, correction="token_truncate"), fake, batch.replace(sampler_logps=old - jnp.log(2.0)))
+    np.testing.assert_allclose(twice.advantages, 2.0 * plain.advantages, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(twice.returns, plain.returns)
+    np.testing.assert_allclose(metrics["policy/correction_mean"].compute(), 2.0, rtol=1e-5)
 
 
 def test_explained_variance():
@@ -160,8 +172,8 @@ def test_overfit_the_score_rises_and_the_critic_learns():
 
 @pytest.mark.parametrize("call", [
     lambda: ppo.shaped_scores(jnp.ones((2, 1)), reward_scale=1.0, reward_clip=1.0),
-    lambda: ppo.token_rewards(jnp.ones(2), jnp.ones((2, 3)), jnp.ones((2, 1), bool), jnp.float32(0.1)),
-    lambda: ppo.token_rewards(jnp.ones(2), jnp.ones((2, 3)), jnp.ones((2, 3), bool), jnp.ones(2)),
+    lambda: ppo.token_rewards(jnp.ones(2), jnp.ones((2, 3)), jnp.ones((2, 1), bool), jnp.float32(0.1), kl_estimator="k1"),
+    lambda: ppo.token_rewards(jnp.ones(2), jnp.ones((2, 3)), jnp.ones((2, 3), bool), jnp.ones(2), kl_estimator="k1"),
     lambda: ppo.updated_kl_coef(jnp.ones(1), jnp.float32(1.0), jnp.float32(1.0), kl_target=1.0, kl_horizon=1.0),
     lambda: ppo.explained_variance(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool)),
 ])

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.advantages import gae, group_advantages, group_statistics
+from rlhf_jax.ops.advantages import (
+    SCALES,
+    decoupled_advantages,
+    gae,
+    group_advantages,
+    group_centred,
+    group_statistics,
+    leave_one_out_advantages,
+    standardised,
+    weighted_rewards,
+)
 from tests.reference import maths
 
 
@@ -79,7 +89,51 @@ def test_group_statistics_by_hand():
     np.testing.assert_array_equal(stats.constant, [False, True, True, True, True, True])
 
 
+SCORES, IDS = jnp.array([1.0, 3.0, 8.0, 5.0, 5.0, jnp.nan]), jnp.array([0, 0, 0, 2, 2, 2])
+KNOWN = ~jnp.isnan(SCORES)
+
+
+def test_three_scales_by_hand():
+    centred = np.array([-3.0, -1.0, 4.0, 0.0, 0.0, 0.0])
+    group, batch = np.std([1, 3, 8], ddof=1), np.std([1, 3, 8, 5, 5], ddof=1)
+    for name, scale in (("none", 1.0), ("group", group + 0.1), ("batch", batch + 0.1)):
+        np.testing.assert_allclose(SCALES[name](SCORES, IDS, KNOWN, eps=0.1), centred / scale, rtol=1e-5)
+    np.testing.assert_array_equal(group_centred(SCORES, IDS, KNOWN), centred.astype(np.float32))
+
+
+def test_leave_one_out_by_hand():
+    np.testing.assert_allclose(leave_one_out_advantages(SCORES, IDS, KNOWN), [1 - 5.5, 3 - 4.5, 8 - 2.0, 0.0, 0.0, 0.0], rtol=1e-6)
+    alone = jnp.array([True, False, False, True, False, False])
+    assert not np.asarray(leave_one_out_advantages(SCORES, IDS, alone)).any()
+
+
+def test_the_baseline_of_a_row_does_not_depend_on_its_own_score():
+    moved = leave_one_out_advantages(SCORES.at[0].add(7.0), IDS, KNOWN) - leave_one_out_advantages(SCORES, IDS, KNOWN)
+    np.testing.assert_allclose(moved, [7.0, -3.5, -3.5, 0.0, 0.0, 0.0], rtol=1e-6)
+
+
+def test_standardised():
+    got = standardised(SCORES, KNOWN, eps=1e-4)
+    np.testing.assert_allclose([got[:5].mean(), np.std(got[:5], ddof=1), got[5]], [0.0, 1.0, 0.0], atol=1e-3)
+
+
+def test_several_rewards():
+    nan = float("nan")
+    rewards, weights = jnp.array([[1.0, 10.0], [2.0, nan], [nan, nan], [3.0, 40.0]]), jnp.array([1.0, 0.5])
+    scores, known = weighted_rewards(rewards, weights)
+    np.testing.assert_allclose(scores, [6.0, 2.0, 0.0, 23.0])
+    assert known.tolist() == [True, True, False, True]
+    # Of two rewards that disagree the weightier one decides, though the other's spread is a hundred times larger.
+    rewards = jnp.array([[0.0, 100.0], [1.0, 0.0], [0.0, 100.0], [1.0, 0.0]])
+    got = decoupled_advantages(rewards, jnp.array([1.0, 0.5]), jnp.zeros(4, jnp.int32), jnp.array([True, True, True, False]), eps=1e-4)
+    assert got[1] > 0 > got[0] and got[0] == got[2] and got[3] == 0
+
+
 @pytest.mark.parametrize("call", [
+    lambda: leave_one_out_advantages(jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.ones(1, bool)),
+    lambda: standardised(jnp.ones((3, 1)), jnp.ones((3, 1), bool), eps=1e-4),
+    lambda: decoupled_advantages(jnp.ones((3, 2)), jnp.ones(2), jnp.zeros(1, jnp.int32), jnp.ones(3, bool), eps=1e-4),
+    lambda: weighted_rewards(jnp.ones((3, 2)), jnp.ones(3)),
     lambda: gae(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((2, 3), bool), gamma=1.0, lam=1.0),
     lambda: gae(jnp.ones(3), jnp.ones(3), jnp.ones(3, bool), gamma=1.0, lam=1.0),
     lambda: group_statistics(jnp.ones(3), jnp.zeros(1, jnp.int32), jnp.ones(3, bool)),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.kl import MAX_LOG_RATIO, exp_ratio, k1, k2, k3
+from rlhf_jax.ops.kl import ESTIMATORS, MAX_LOG_RATIO, exp_ratio, k1, k2, k3
 from tests.reference import maths
 
 X = np.array([-50.0, -3.0, -1e-3, 0.0, 1e-6, 1e-3, 0.7, 3.0, 50.0])
@@ -61,6 +61,26 @@ def test_expectations_and_gradients_against_the_exact_kl(seed):
     assert float(jnp.abs(exact - forward).max()) > 1e-2  # the two directions differ here, so the line above says something
     weighted = jax.grad(lambda z: _expected(k3, z, ref, weighted=True))(z)
     np.testing.assert_allclose(weighted, exact, **close)
+
+
+def _in_the_reward(estimator, z, ref):
+    """E of the policy gradient's surrogate, the penalty being part of the reward: detached, times log π."""
+    log_p = jax.nn.log_softmax(z)
+    drawn = jax.lax.stop_gradient(log_p)
+    return (jnp.exp(drawn) * estimator(drawn - jax.nn.log_softmax(ref)) * log_p).sum()
+
+
+def test_in_the_reward_k1_has_the_gradient_of_the_kl_and_the_others_have_not():
+    """The other way round than in the loss, where k1's is zero and k2's is right: each estimator has its place."""
+    rng = np.random.default_rng(0)
+    z, ref = jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray(rng.normal(size=6), jnp.float32)
+    exact = jax.grad(_kl)(z, ref)
+    slopes = {name: jax.grad(_in_the_reward, 1)(estimator, z, ref) for name, estimator in ESTIMATORS.items()}
+    np.testing.assert_allclose(slopes["k1"], exact, rtol=1e-3, atol=1e-5)
+    assert min(float(jnp.abs(slopes[name] - exact).max()) for name in ("k2", "k3")) > 1e-2
+    weighted = {name: jax.grad(lambda z, e=e: _expected(e, z, ref, weighted=True))(z) for name, e in ESTIMATORS.items()}  # unbiased_kl
+    for name in ("k1", "k3"):
+        np.testing.assert_allclose(weighted[name], exact, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("f", [k1, k2, k3, exp_ratio])

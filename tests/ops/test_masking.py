@@ -1,5 +1,7 @@
 """Masked reductions: hand values, empty masks, garbage under the mask, gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,13 @@ def test_reductions_equal_the_filtered_array(shape):
     for keep_mean in (True, False):
         got = masking.whiten(jnp.asarray(dirty), jnp.asarray(mask), keep_mean=keep_mean)
         np.testing.assert_allclose(got, maths.whiten(x, mask, keep_mean), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.7, 10.3, 100.3])
+def test_whitening_a_constant_gives_zeros_and_no_rounding(constant):
+    mask = jnp.asarray(np.random.default_rng(0).random((100, 300)) < 0.7)
+    got = jax.jit(functools.partial(masking.whiten, keep_mean=False))(jnp.full((100, 300), constant, jnp.float32), mask)
+    assert float(jnp.abs(got).max()) < 1e-3 * constant
 
 
 def test_whitening_keeps_or_removes_the_mean():

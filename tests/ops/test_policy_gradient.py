@@ -43,6 +43,20 @@ def test_four_corners_by_hand():
     np.testing.assert_array_equal(pg.surrogate_is_clipped(x, advantages, **CLIP), [True, False, False, True])
 
 
+def test_dual_clipping_bounds_what_a_negative_advantage_can_cost():
+    x, advantages = jnp.log(jnp.array([9.0, 9.0, 2.0, 0.5])), jnp.array([-2.0, 2.0, -2.0, -2.0])
+    f = lambda x: pg.clipped_surrogate(x, advantages, **CLIP, dual_clip=3.0)  # noqa: E731
+    np.testing.assert_allclose(f(x), [6.0, -2.6, 4.0, 1.6], rtol=1e-6)  # dual_clip · |A|; PPO's; PPO's; PPO's
+    np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(x), [0.0, 0.0, 4.0, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(pg.surrogate_is_clipped(x, advantages, **CLIP, dual_clip=3.0), [True, True, False, True])
+    unclipped = pg.clipped_surrogate(x, advantages, clip_low=1.0, clip_high=np.inf, dual_clip=3.0)
+    np.testing.assert_allclose(unclipped, [6.0, -18.0, 4.0, 1.0], rtol=1e-6)  # a positive advantage is not touched
+    rng = np.random.default_rng(0)
+    x, a = rng.normal(size=50), rng.normal(size=50)
+    slow = [maths.dual_clipped(x[i], a[i], 0.2, 0.3, 1.5) for i in range(50)]
+    np.testing.assert_allclose(pg.clipped_surrogate(jnp.asarray(x, jnp.float32), jnp.asarray(a, jnp.float32), **CLIP, dual_clip=1.5), slow, rtol=1e-5)
+
+
 @pytest.mark.parametrize("log_ratio", [-1000.0, -50.0, 50.0, 1000.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_extreme_ratios_stay_finite(log_ratio, advantage):

@@ -16,12 +16,13 @@ def test_values_against_the_loop(shape, jitted):
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=shape) * 5, rng.integers(0, shape[-1], shape[:-1])
     got = {f.__name__: (jax.jit(f) if jitted else f)(jnp.asarray(logits, jnp.float32), jnp.asarray(target))
-           for f in (vocab.logps, vocab.entropy, vocab.lse)}
+           for f in (vocab.logps, vocab.entropy, vocab.lse, vocab.log_sum_sq_probs)}
     for index in np.ndindex(*shape[:-1]):
         log_p = maths.log_softmax(logits[index])
         np.testing.assert_allclose(got["logps"][index], log_p[target[index]], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(got["entropy"][index], -sum(np.exp(v) * v for v in log_p), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(got["lse"][index], np.log(sum(np.exp(v) for v in logits[index])), rtol=1e-5)
+        np.testing.assert_allclose(got["log_sum_sq_probs"][index], np.log(sum(np.exp(v) ** 2 for v in log_p)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["logps", "entropy", "lse"])
@@ -51,7 +52,7 @@ def test_half_precision_logits_are_read_in_float32():
     assert vocab.logps(jnp.ones((1, 4), jnp.bfloat16), jnp.array([0])).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("f", [vocab.logps, vocab.entropy, vocab.lse])
+@pytest.mark.parametrize("f", [vocab.logps, vocab.entropy, vocab.lse, vocab.log_sum_sq_probs])
 def test_wrong_shapes_are_refused(f):
     with pytest.raises(AssertionError):
         f(jnp.ones((2, 3, 5)), jnp.ones((2, 4), jnp.int32))

@@ -65,10 +65,19 @@ def k3(log_ratio: float) -> float:
     return math.exp(-log_ratio) - 1.0 + log_ratio
 
 
+KL = {"k1": lambda x: x, "k2": lambda x: 0.5 * x * x, "k3": k3}  # of x = log π − log ref
+
+
 def surrogate(log_ratio: float, advantage: float, low: float, high: float) -> float:
     ratio = math.exp(log_ratio)
     clipped = min(max(ratio, 1.0 - low), 1.0 + high)
     return -min(ratio * advantage, clipped * advantage)
+
+
+def dual_clipped(log_ratio: float, advantage: float, low: float, high: float, most: float) -> float:
+    """Ye et al. 2020: −max( min(ρA, clip(ρ)A), most · A ) where A < 0."""
+    loss = surrogate(log_ratio, advantage, low, high)
+    return min(loss, -most * advantage) if advantage < 0 else loss
 
 
 def value_loss(value: float, old: float, target: float, clip: float) -> float:

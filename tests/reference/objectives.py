@@ -35,13 +35,16 @@ def real(seqs: Any, b: Any) -> bool:
     return bool((seqs.segment_ids[b] != 0).any())
 
 
-def sft(table: np.ndarray, seqs: Any, z_loss: float) -> float:
+def sft(table: np.ndarray, seqs: Any, z_loss: float = 0.0, label_smoothing: float = 0.0) -> float:
     total, count = 0.0, 0
     for b in range(seqs.tokens.shape[0]):
-        row = logps(table, seqs.tokens[b], seqs.segment_ids[b])
         for t in loss_tokens(seqs, b):
-            lse = math.log(sum(math.exp(v) for v in table[seqs.tokens[b, t - 1]]))
-            total += -row[t] + z_loss * lse**2
+            logits = table[seqs.tokens[b, t - 1]]
+            lse = math.log(sum(math.exp(v) for v in logits))
+            for v, log_p in enumerate(maths.log_softmax(logits)):
+                label = (1.0 - label_smoothing) * (v == seqs.tokens[b, t]) + label_smoothing / len(logits)
+                total -= label * log_p
+            total += z_loss * lse**2
             count += 1
     return total / max(count, 1)
 
@@ -82,7 +85,7 @@ def ppo_prepare(table: np.ndarray, critic: np.ndarray, ref: np.ndarray, batch: A
         old[b], reference = logps(table, tokens, segments), logps(ref, tokens, segments)
         for t in own:
             mask[b, t] = True
-            rewards[b, t] = -kl_coef * (old[b, t] - reference[t])
+            rewards[b, t] = -kl_coef * maths.KL[h["kl_estimator"]](old[b, t] - reference[t])
         for t in range(length):
             values[b, t] = critic[tokens[t - 1]] if predecessor(segments, t) else 0.0
         if own:
@@ -109,27 +112,10 @@ def ppo(table: np.ndarray, critic: np.ndarray, batch: Any, fixed: dict[str, Any]
         for t in loss_tokens(batch.seqs, b):
             log_p = maths.log_softmax(table[tokens[t - 1]])
             entropy = -sum(math.exp(v) * v for v in log_p)
-            total += maths.surrogate(new[t] - fixed["old"][b, t], fixed["advantages"][b, t], h["clip"], h["clip"])
+            total += maths.dual_clipped(new[t] - fixed["old"][b, t], fixed["advantages"][b, t], h["clip"], h["clip"], h["dual_clip"])
             total += h["value_coef"] * maths.value_loss(
                 critic[tokens[t - 1]], fixed["values"][b, t], fixed["returns"][b, t], h["value_clip"]
             )
             total -= h["entropy_coef"] * entropy
             count += 1
     return total / max(count, 1)
-
-
-def grpo(table: np.ndarray, old: np.ndarray, ref: np.ndarray, batch: Any, h: dict[str, float]) -> float:
-    scores = batch.scores - h["missing_eos_penalty"] * batch.truncated
-    rows = [real(batch.seqs, b) for b in range(batch.seqs.tokens.shape[0])]
-    advantages = maths.group_advantages(scores, batch.group_ids, rows, h["advantage_eps"])
-    total = 0.0
-    for b in range(batch.seqs.tokens.shape[0]):
-        tokens, segments = batch.seqs.tokens[b], batch.seqs.segment_ids[b]
-        own = loss_tokens(batch.seqs, b)
-        new, before, reference = logps(table, tokens, segments), logps(old, tokens, segments), logps(ref, tokens, segments)
-        row = 0.0
-        for t in own:
-            row += maths.surrogate(new[t] - before[t], advantages[b], h["clip_low"], h["clip_high"])
-            row += h["beta"] * maths.k3(new[t] - reference[t])
-        total += row / max(len(own), 1)
-    return total / max(sum(rows), 1)

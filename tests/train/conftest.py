@@ -29,7 +29,8 @@ RUNS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-for _name in ("sft", "reward", "dpo", "ppo", "grpo"):
+RUNS["ppo_ptx"] = ("ppo_ptx", RUNS["ppo"][1])
+for _name in ("ppo_ptx", "sft", "reward", "dpo", "ppo", "grpo"):
     _config, _changes = RUNS[_name]
     RUNS[f"uneven_{_name}"] = (_config, {**UNEVEN, **_changes})
 

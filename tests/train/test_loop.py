@@ -24,7 +24,7 @@ from rlhf_jax.train import loop
 from rlhf_jax.train.assemble import assemble
 from rlhf_jax.train.config import check
 from rlhf_jax.train.loop import Result, train
-from rlhf_jax.train.metrics import is_standard
+from rlhf_jax.train.metric_names import is_standard
 from rlhf_jax.train.programs import Programs
 from tests.train.runs import metrics, outcome, series, steps, tiny, write_rows
 
@@ -309,7 +309,7 @@ from rlhf_jax.types import Sequences
 
 
 def loss(nets, batch: Sequences, keys, *, bad: int):
-    terms, metrics = sft.loss(nets, batch, keys, z_loss=0.0)
+    terms, metrics = sft.loss(nets, batch, keys, label_smoothing=0.0, z_loss=0.0)
     poison = jnp.where((batch.tokens == bad).any(), jnp.nan, 1.0)
     return {"nll": terms["nll"].replace(total=terms["nll"].total * poison)}, metrics
 '''

@@ -15,7 +15,8 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.train import metrics as m
-from rlhf_jax.train.metrics import METRICS, MetricsLog, cut_back, describe, is_standard, read_metrics
+from rlhf_jax.train.metric_names import METRICS, describe, is_standard
+from rlhf_jax.train.metrics import MetricsLog, cut_back, read_metrics
 from rlhf_jax.types import Mean
 
 

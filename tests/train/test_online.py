@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, sampling
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.models.config import ModelConfig
@@ -229,6 +229,33 @@ def test_adaptive_kl_coefficient(tmp_path: pathlib.Path) -> None:
     (tmp_path / "final.json").unlink()
     train(config, str(tmp_path))
     assert outcome(tmp_path) == undisturbed
+
+
+# --- opponents ---
+
+
+@pytest.mark.parametrize(("name", "changes"), [("xpo", {}), ("nash_md", {"objective.mixture": 1.0, "reward_from": "@reward", "reward_fn": ""})])
+def test_the_opponent_draws_every_second_sample(
+    name: str, changes: dict[str, Any], finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart with a host reward and in one program with a learned one: odd rows are the reference's (a mixture of 1 is the reference), even rows the
+    policy's, which has moved away by then. A validation measures the policy alone."""
+    traced, original = [], sampling.generate_against
+    monkeypatch.setattr(sampling, "generate_against", lambda *given, **how: traced.append(given) or original(*given, **how))
+    changes = {key: str(finished(value[1:])) if value == "@reward" else value for key, value in changes.items()}
+    rollouts.clear()
+    config = tiny(name, {"run.steps": 2, "log.samples": 0, "validation.every": 2, "optimizer.lr": 1e-2, **changes})
+    train(config, str(tmp_path))
+    assert len(traced) == 1
+    exp = assemble(*check(config))
+    first, second = (jax.tree.map(jax.numpy.asarray, rolled) for rolled in rollouts)
+    reference = jax.jit(lambda seqs: Networks({}, exp.frozen, exp.spec).ref(seqs).logps)
+    for rolled, moved in ((first, False), (second, True)):
+        gap = np.abs(np.asarray(rolled.sampler_logps - reference(rolled.seqs)) * rolled.seqs.loss_mask)
+        assert gap[1::2].max() < 2e-5 and (gap[::2].max() > 1e-2) == moved
+        assert rolled.sample_ids.tolist() == [0, 1] * 4
+        assert (rolled.prompt_ids[::2] == rolled.prompt_ids[1::2]).all()
+    assert series(tmp_path, "objective/kl")[0] == pytest.approx(0, abs=1e-5) and abs(series(tmp_path, "objective/kl")[1]) > 1e-3
 
 
 # --- where the critic starts ---

@@ -20,8 +20,9 @@ from tests.train.conftest import command
 from tests.train.killed import POINTS, before
 from tests.train.runs import ROOT, arguments, outcome, rows, steps, tiny
 
-NAMES = ["sft", "reward", "dpo", "ppo", "grpo"]  # packed rows, pairs, pairs with a reference, fused, with the host between
-ONLINE = ("ppo", "grpo")
+# Packed rows, pairs, pairs with a reference, fused, with the host between, with a second data set.
+NAMES = ["sft", "reward", "dpo", "ppo", "grpo", "ppo_ptx"]
+ONLINE = ("ppo", "grpo", "ppo_ptx")
 
 
 class Crash(Exception):
@@ -56,7 +57,7 @@ def crash(name: str, changes: dict[str, Any], run: pathlib.Path, point: tuple[An
             train(tiny(name, changes), str(run))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "grpo") else pytest.mark.slow) for name in NAMES])
 def test_crash_in_training(name: str, finished: Any, tmp_path: pathlib.Path) -> None:
     """In step 4, after the checkpoint of step 2 and the validation of step 3, whose lines are logged already."""
     config, changes = command(f"uneven_{name}", finished)
@@ -68,7 +69,12 @@ def test_crash_in_training(name: str, finished: Any, tmp_path: pathlib.Path) -> 
     same_end(tmp_path / "run", finished(f"uneven_{name}"))
 
 
-@pytest.mark.parametrize(("number", "checkpoints", "best"), [(1, [], []), (2, [2], []), (3, [2], [3]), (4, [2, 4], [3]), (5, [2, 4], [6])])
+MOMENTS = [(1, [], []), (2, [2], []), (3, [2], [3]), (4, [2, 4], [3]), (5, [2, 4], [6])]
+
+
+@pytest.mark.parametrize(
+    ("number", "checkpoints", "best"), [pytest.param(*moment, marks=() if moment[0] in (3, 5) else pytest.mark.slow) for moment in MOMENTS]
+)
 def test_crash_before_a_save(number: int, checkpoints: list[int], best: list[int], finished: Any, tmp_path: pathlib.Path) -> None:
     """Saves come in the order 2, best 3, 4, best 6, 6: wherever it breaks off, the best one is not lost."""
     config, changes = command("uneven_sft", finished)

@@ -14,17 +14,17 @@ from rlhf_jax import objectives
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.objectives import Objective
 from rlhf_jax.train.step import fill_reference, gradients
-from rlhf_jax.types import Comparisons, PyTree, Sequences
+from rlhf_jax.types import Comparisons, Labelled, PyTree, Sequences, Unpaired
 from tests.models import tiny
 from tests.objectives import tabular
 from tests.objectives.settings import bound
 
 NAMES = tuple(objectives.names())
 # Of every type of batch and of normalisation, in CI; the other objectives' turn comes with the slow tests.
-REPRESENTATIVE = ("sft", "reward", "dpo", "ppo", "grpo")
+REPRESENTATIVE = ("sft", "reward", "dpo", "kto", "process_reward", "ppo", "grpo")
 MODEL = tiny.config(vocab_size=16, scan_layers=True, outputs=("lm", "value"))
 SCORER = tiny.config(vocab_size=16, scan_layers=True, outputs=("score",))
-SCORERS = ("reward",)  # objectives that train a reward model
+SCORERS = ("reward", "plackett_luce", "pointwise", "process_reward")  # objectives that train a reward model
 OPTIMIZER = {"name": "adamw", "lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "end_lr_ratio": 1.0, "b1": 0.9, "b2": 0.99, "eps": 1e-8,
              "muon_beta": 0.95, "weight_decay": 0.01, "clip_norm": 1.0, "ema_decay": 0.0, "moment_dtype": "float32"}
 
@@ -33,7 +33,7 @@ def networks(name: str) -> Networks:
     """The objective's networks: one that trains, a reference that differs from it, and a value head."""
     if name in SCORERS:
         return Networks({"reward": tiny.params(SCORER)}, {}, NetworkSpec(reward=SCORER))
-    frozen = {"ref": tiny.params(MODEL, 7)} if "reference" in bound(name).needs else {}
+    frozen = {"ref": tiny.params(MODEL, 7)} if bound(name).needs & {"reference", "teacher"} else {}
     return Networks({"policy": tiny.params(MODEL)}, frozen, NetworkSpec(policy=MODEL, temperature=0.9))
 
 
@@ -48,8 +48,14 @@ def batch(name: str, rows: int = 16, length: int = 10, seed: int = 0) -> Any:
         return seqs
     if kind is Comparisons:
         return Comparisons(seqs=seqs, margin=jnp.asarray(rng.random(rows), jnp.float32))
+    if kind is Unpaired:
+        return Unpaired(seqs=seqs, kl_seqs=jax.tree.map(lambda x: jnp.roll(x, 1, 0), seqs), desirable=jnp.asarray(rng.random(rows) < 0.5))
+    if kind is Labelled:
+        targets = jnp.asarray(rng.integers(0, 2, (rows, length)), jnp.float32)
+        return Labelled(seqs=seqs, targets=targets, weights=jnp.asarray(rng.random((rows, length)) < 0.3, jnp.float32))
     scores = jnp.asarray(rng.normal(size=rows), jnp.float32)
-    return tabular.scored(seqs, scores, group=4).replace(truncated=jnp.arange(rows) % 5 == 1)
+    ptx = tiny.rows(rows, length + 2, seed=seed + 1, vocabulary=16) if "ptx" in bound(name).needs else None
+    return tabular.scored(seqs, scores, group=4).replace(truncated=jnp.arange(rows) % 5 == 1, ptx=ptx)
 
 
 def moved(params: PyTree, size: float = 0.02) -> PyTree:

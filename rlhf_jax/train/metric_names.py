@@ -1,0 +1,95 @@
+"""The standard names of what is logged, each with its meaning and unit; every metric of a built-in objective is among them."""
+
+from __future__ import annotations
+
+import fnmatch
+
+METRICS: dict[str, str] = {
+    "loss": "the objective, Σ of its terms [nats, or the objective's own unit]",
+    "loss/*": "one term of the objective, its coefficient included [nats, or the objective's own unit]",
+    "objective/kl": "KL of the policy from the reference, mean over responses of Σ over tokens [nats]",
+    "objective/kl_coef": "weight of the KL penalty [reward per nat]",
+    "objective/beta": "inverse temperature of the implicit reward, where it moves [reward per nat]",
+    "objective/entropy": "entropy of the policy per response token; its collapse is GRPO's known failure [nats]",
+    "objective/score": "reward of a completion before any KL penalty [reward]",
+    "objective/score_std": "standard deviation of the scores over the batch [reward]",
+    "objective/opponent_score": "reward of a completion that the opponent drew (reference, mixture), before any penalty [reward]",
+    "objective/preference": "preference for the policy's sample over the opponent's; where it is a verdict, a tie counts one half [0,1]",
+    "objective/non_score_reward": "KL penalty in the reward, Σ over tokens [reward]",
+    "objective/rlhf_reward": "score plus KL penalty [reward]",
+    "policy/ratio_mean": "probability ratio new/old, mean over tokens [1]",
+    "policy/ratio_max": "probability ratio new/old, mean over rows of each row's largest [1]",
+    "policy/clip_frac": "fraction of tokens whose ratio was clipped [0,1]",
+    "policy/approx_kl": "KL(old ‖ new) estimated on the rollout's tokens [nats per token]",
+    "policy/entropy": "entropy of the policy per trained token [nats]",
+    "policy/accuracy": "fraction of trained tokens that are the policy's first choice [0,1]",
+    "policy/perplexity": "exp of the mean negative log-prob of trained tokens [1]",
+    "policy/pair_weight": "weight of a pair, how far the policy would write both responses itself, mean over pairs [1]",
+    "policy/correction_mean": "importance correction old/sampler, mean over tokens [1]",
+    "policy/correction_max": "importance correction old/sampler, largest over tokens [1]",
+    "policy/correction_frac": "fraction of tokens whose importance correction was capped or masked [0,1]",
+    "policy/off_policy_frac": "fraction of tokens in rows left out because the policy has moved too far from their sampler [0,1]",
+    "policy/balance_loss": "load-balance loss of a mixture of experts [1]",
+    "advantage/mean": "advantage before whitening, mean over tokens [reward]",
+    "advantage/std": "standard deviation of the advantages before whitening [reward]",
+    "value/mean": "predicted value, mean over response tokens [reward]",
+    "value/clip_frac": "fraction of tokens whose value update was clipped [0,1]",
+    "value/explained_variance": "1 − Var(return − value) / Var(return); 1 is perfect, 0 a constant guess [≤ 1]",
+    "reward/chosen": "reward, implicit or learned, of the preferred branch [reward]",
+    "reward/rejected": "reward, implicit or learned, of the other branch [reward]",
+    "reward/margin": "reward of the preferred branch minus the other's; of single responses, distance from the baseline on the right side [reward]",
+    "reward/accuracy": "fraction of comparisons ranked right, or of single responses on the right side of the baseline [0,1]",
+    "reward/step_accuracy": "fraction of labelled steps whose verdict is right [0,1]",
+    "reward/error": "|reward − rating|, mean over responses [rating]",
+    "reward/baseline": "what the rewards of single responses are compared with: KTO's β z, BCO's δ [reward]",
+    "reward/mean": "reward over all completions [reward]",
+    "reward/std": "standard deviation of the rewards [reward]",
+    "reward/length_baseline": "accuracy of ranking by length alone [0,1]",
+    "reward/*": "one component of the reward, by name [reward]",
+    "logps/chosen": "log-prob of the preferred branch, Σ over tokens; it may fall while the margin grows [nats]",
+    "logps/rejected": "log-prob of the other branch, Σ over tokens [nats]",
+    "logps/accuracy": "share of pairs whose better response is the likelier one, Σ log π(y_w) > Σ log π(y_l), ties one half [0,1]",
+    "logps/mean": "log-prob per trained token [nats]",
+    "optimizer/lr": "learning rate [1]",
+    "optimizer/grad_norm": "global norm of the gradient before clipping [1]",
+    "optimizer/update_norm": "global norm of the update [1]",
+    "optimizer/param_norm": "global norm of the trained parameters [1]",
+    "optimizer/skipped": "share of this batch's updates skipped because a gradient or an update was not finite [1]",
+    "optimizer/nonfinite_run": "updates skipped in a row up to now [updates]",
+    "rollout/length": "response tokens per completion [tokens]",
+    "rollout/truncated": "fraction of completions without a stop token [0,1]",
+    "rollout/zero_variance_groups": "fraction of groups whose rewards are all equal and give no gradient [0,1]",
+    "rollout/ties": "fraction of pairs of samples whose scores are equal and give no gradient [0,1]",
+    "rollout/unscored": "fraction of completions whose reward is unknown; they give no gradient [0,1]",
+    "rollout/staleness": "age of the weights that sampled, at training time [iterations]",
+    "rollout/logp_gap_mean": "|sampler − trainer log-prob|, mean over tokens [nats]",
+    "rollout/logp_gap_max": "|sampler − trainer log-prob|, largest over tokens [nats]",
+    "rollout/turns": "turns per episode [turns]",
+    "data/tokens": "real tokens in the batch [tokens]",
+    "data/loss_tokens": "tokens in the batch that are trained on [tokens]",
+    "data/rows": "real rows in the batch [rows]",
+    "data/padding": "fraction of the batch's slots that are padding [0,1]",
+    "data/epoch": "passes over the training data so far [epochs]",
+    "eval/loss": "the objective on held-out data [nats, or the objective's own unit]",
+    "eval/gold_greedy": "gold score of greedy completions [0,1]",
+    "eval/gold_sample": "gold score of sampled completions [0,1]",
+    "eval/win_rate": "wins against the baseline, ties count one half [0,1]",
+    "eval/seq_kl": "KL from the reference, mean over completions of Σ over tokens [nats]",
+    "eval/best": "best value so far of the metric that selects checkpoints [its unit]",
+    "eval/*": "a measurement on held-out data; after eval/ stands what is measured [its unit]",
+}
+
+
+def describe(name: str) -> str | None:
+    """Meaning and unit of a metric, None for a name outside the table (which is legal). `eval/` before a name means: on held-out data."""
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith("eval/") and (meaning := describe(name.removeprefix("eval/"))):
+        return f"on held-out data: {meaning}"
+    patterns = [pattern for pattern in METRICS if "*" in pattern and fnmatch.fnmatchcase(name, pattern)]
+    return METRICS[max(patterns, key=len)] if patterns else None
+
+
+def is_standard(name: str) -> bool:
+    """Whether the table describes `name`; every metric of a built-in objective is standard."""
+    return describe(name) is not None

@@ -1,0 +1,1 @@
+"""One module per file of vectors: `cases(vectors) -> [(case, function that yields Comparisons)]`."""
