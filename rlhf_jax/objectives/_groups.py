@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import _policy
-from rlhf_jax.objectives._rollouts import completion_scores, known_scores, named, trainable_rows, with_advantages, without
+from rlhf_jax.objectives._choices import named
+from rlhf_jax.objectives._rollouts import completion_scores, known_scores, trainable_rows, with_advantages, without
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.advantages import SCALES, group_statistics
 from rlhf_jax.ops.importance import high_entropy

@@ -13,8 +13,9 @@ import chex
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import PLACES, drift_metrics, filled, log_ratio, named
+from rlhf_jax.objectives._rollouts import PLACES, drift_metrics, filled, log_ratio
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.importance import LEVELS, on_policy
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio

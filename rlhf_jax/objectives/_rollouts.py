@@ -4,13 +4,12 @@ its samples. Everything here is for `prepare`, over the whole batch, but the met
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import chex
 import jax.numpy as jnp
 
-from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.errors import UserError
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.ops.importance import CORRECTIONS
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio, k1, k3
@@ -19,22 +18,6 @@ from rlhf_jax.ops.policy_gradient import surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
 
 PLACES = {"reward": "reward", "loss": "loss"}  # where a KL penalty may sit
-
-
-def named(table: Mapping[str, Any], key: str, value: str) -> Any:
-    """The entry of a table that the config names.
-
-    Args:
-      table: names and what they stand for.
-      key: of config.objective, for the error.
-      value: a name.
-
-    Raises:
-      UserError: there is no such name.
-    """
-    if value not in table:
-        raise UserError(f"config.objective.{key} is {value!r}: it must be one of {', '.join(table)}{nearest(value, table)}")
-    return table[value]
 
 
 def raw_scores(batch: Rollout) -> Array:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import REDUCTIONS, pair_metrics, policy_reading
-from rlhf_jax.objectives._rollouts import named
 from rlhf_jax.objectives.cdpo import cdpo_loss
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.types import Array, Comparisons, Mean

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import pair_metrics, pair_reading
-from rlhf_jax.objectives._rollouts import named
 from rlhf_jax.objectives.dpo import dpo_loss
 from rlhf_jax.ops.divergences import SCORES
 from rlhf_jax.types import Array, Comparisons, Mean

@@ -16,8 +16,8 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import REDUCTIONS, pair_metrics, token_reading
-from rlhf_jax.objectives._rollouts import named
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.types import Array, Comparisons, Mean
 

@@ -21,13 +21,13 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.objectives._rollouts import (
     corrections,
     filled,
     known_scores,
     log_ratio,
-    named,
     penalised,
     ratio_metrics,
     raw_scores,

@@ -17,9 +17,10 @@ import chex
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import _groups, _policy
+from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._policy import evaluate, penalties, token_means
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import PLACES, completion_scores, log_ratio, named, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import PLACES, completion_scores, log_ratio, trainable_rows, with_advantages
 from rlhf_jax.objectives.ppo import token_rewards
 from rlhf_jax.ops.advantages import gae, group_centred
 from rlhf_jax.ops.masking import loss_tokens, masked_sum, whiten

@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "rollout/length": "response tokens per completion [tokens]",
     "rollout/truncated": "fraction of completions without a stop token [0,1]",
     "rollout/zero_variance_groups": "fraction of groups whose rewards are all equal and give no gradient [0,1]",
+    "rollout/filtered_groups": "fraction of groups left out because the reward gave all their samples the same score [0,1]",
     "rollout/ties": "fraction of pairs of samples whose scores are equal and give no gradient [0,1]",
     "rollout/unscored": "fraction of completions whose reward is unknown; they give no gradient [0,1]",
     "rollout/staleness": "age of the weights that sampled, at training time [iterations]",

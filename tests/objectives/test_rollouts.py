@@ -302,7 +302,7 @@ def test_rows_left_behind_give_no_gradient_where_the_advantage_is_negative():
 def test_an_unknown_name_is_refused_with_the_legal_ones(key, value):
     fake, batch = rolled()
     bound = bind("grpo", **{key: value})
-    with pytest.raises(UserError, match=rf"config\.objective\.{key} is '{value}': it must be one of"):
+    with pytest.raises(UserError, match=rf"config\.objective\.{key} is '{value}', which is none of its values"):
         bound.loss(fake, tabular.prepare(bound, fake, batch)[0], None)
 
 
