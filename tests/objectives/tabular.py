@@ -193,6 +193,19 @@ def prepare(bound: Any, fake: TabularNets, batch: Any) -> tuple[Any, Any, dict[s
     return bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def outcome(bound: Any, fake: TabularNets, batch: Any) -> dict[str, Any]:
+    """All that the objective makes of a batch at the parameters that prepare it, as one program: cheaper to compile than its parts."""
+    prepared, carry, before = bound.prepare(fake, batch, bound.init_carry(fake), jax.random.key(0))
+
+    def total(params: Any) -> tuple[Array, Any]:
+        terms, metrics = bound.loss(fake.replace(params=params), prepared, None)
+        return value(terms), (terms, metrics)
+
+    (loss_, (terms, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(fake.params)
+    return {"value": loss_, "gradient": gradient, "terms": terms, "metrics": metrics, "prepared": before, "carry": carry}
+
+
 def as_numpy(batch: Any) -> Any:
     return jax.tree.map(np.asarray, batch)
 

@@ -51,7 +51,7 @@ def test_terms_and_metrics_are_means_and_counts_ignore_the_parameters(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_microbatches_merge_to_the_whole(name, parts):
     bound, fake, batch = case(name)
 
@@ -91,10 +91,7 @@ def test_padding_and_filler_rows_hold_nothing_that_counts(name):
         hidden = lambda seqs: seqs.replace(segment_ids=jnp.where(filler[:, None], 0, seqs.segment_ids))  # noqa: E731
         clean = clean.replace(seqs=hidden(clean.seqs), ptx=hidden(clean.ptx))
     fewer = jax.tree.map(lambda x: x[:6 if isinstance(clean, Rollout) else 7], clean)  # the filler rows taken away
-    results = []
-    for batch in (clean, scrambled(clean), fewer):
-        batch, carry, prepared = tabular.prepare(bound, fake, batch)
-        results.append((*tabular.loss(bound, fake, batch), prepared, carry, tabular.objective(bound, fake, batch)))
+    results = [tabular.outcome(bound, fake, batch) for batch in (clean, scrambled(clean), fewer)]
     close(results[0], results[1])
     close(results[0], results[2])
 
@@ -106,11 +103,7 @@ def test_more_padding_on_either_side_changes_nothing(name):
     rng, length = np.random.default_rng(4), 8
     narrow = random_batch(bound.batch_type, rng, length=length, packed=False)
     wide = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(2, 1)]) if x.shape[-1] == length else x, narrow)
-    results = []
-    for batch in (narrow, scrambled(wide)):
-        batch, carry, prepared = tabular.prepare(bound, fake, tabular.with_reference(fake, batch))
-        results.append((carry, prepared, *tabular.loss(bound, fake, batch), tabular.objective(bound, fake, batch)))
-    close(results[0], results[1])
+    close(*(tabular.outcome(bound, fake, tabular.with_reference(fake, batch)) for batch in (narrow, scrambled(wide))))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,9 +113,9 @@ def test_a_batch_of_filler_alone_gives_zero_and_a_zero_gradient(name):
     empty = lambda seqs: seqs.replace(segment_ids=jnp.zeros_like(seqs.segment_ids))  # noqa: E731
     found = {} if isinstance(batch, Sequences) else {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     batch = batch.replace(**{key: empty(s) for key, s in found.items() if isinstance(s, Sequences)}) if found else empty(batch)
-    batch, _, metrics = tabular.prepare(bound, fake, batch)
-    value, gradient = tabular.objective(bound, fake, batch)
-    assert float(value) == 0.0
+    got = tabular.outcome(bound, fake, batch)
+    metrics, gradient = got["prepared"], got["gradient"]
+    assert float(got["value"]) == 0.0
     close(gradient, jax.tree.map(jnp.zeros_like, gradient), rtol=0, atol=0)
     assert all(np.isfinite(m.compute()) for m in metrics.values())
 
@@ -157,8 +150,8 @@ def test_bfloat16_inputs_stay_finite(name):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fake)
     batch = tabular.with_reference(half, random_batch(bound.batch_type, np.random.default_rng(0), packed=False))
     batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, batch)
-    value, gradient = tabular.objective(bound, half, tabular.prepare(bound, half, batch)[0])
-    assert np.isfinite(value) and all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(gradient))
+    got = tabular.outcome(bound, half, batch)
+    assert np.isfinite(got["value"]) and all(np.isfinite(g.astype(jnp.float32)).all() for g in jax.tree.leaves(got["gradient"]))
 
 
 def test_a_pair_objective_refuses_other_numbers_of_branches():
