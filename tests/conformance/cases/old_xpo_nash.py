@@ -6,9 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from rlhf_jax.objectives.ipo import ipo_loss
 
 from rlhf_jax.objectives.dpo import dpo_loss
+from rlhf_jax.objectives.ipo import ipo_loss
 from rlhf_jax.objectives.nash_md import preference_loss, token_kl_loss
 from rlhf_jax.objectives.xpo import optimism
 from tests.conformance.runner import Comparison, NoFunction, slope
