@@ -97,8 +97,8 @@ def kl_loss(ref_log_ratios: Array, log_ratios: Array, *, beta: float, kl_estimat
     kl = named(ESTIMATORS, "kl_estimator", kl_estimator)(ref_log_ratios)
     if not unbiased_kl:
         return beta * kl
-    # Both factors saturate at e⁴⁰, so that their product and its slopes stay finite in float32.
-    return beta * exp_ratio(jnp.minimum(log_ratios, 40.0)) * jnp.minimum(kl, math.exp(40.0))
+    # The estimators saturate at e⁶⁰ and the ratio at e²⁷, so that their product stays finite in float32.
+    return beta * exp_ratio(jnp.minimum(log_ratios, 27.0)) * kl
 
 
 def penalties(
