@@ -14,7 +14,7 @@ from rlhf_jax.cli.configs import like
 def get_config(arg: str = "") -> ConfigDict:
     c = like(__file__, "dpo", arg)
     c.reference_from = ""
-    c.objective = ConfigDict(dict(name="orpo", odds_coef=0.1))
+    c.objective = ConfigDict(dict(name="orpo", odds_coef=0.1, nll_over="response"))  # "all": the likelihood of the prompt too
     c.validation.update(metric="eval/reward/accuracy", mode="max")
     if not arg:
         c.optimizer.lr = 5e-6  # the paper's

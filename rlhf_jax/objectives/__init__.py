@@ -8,13 +8,14 @@ An objective is a module with up to four pure functions, of which only `loss` is
     opponent(nets, *, …) -> sampler                                    what draws every second sample of a prompt, if not the policy
 
 Their keyword-only arguments are the legal keys of `config.objective`, without defaults, so that `prepare` and `loss` cannot disagree. The
-annotation of `batch` says what the data pipeline builds. Four constants are optional in a module of the user's own: `RANGES`, {key: (low, high)}:
-which values are refused at start-up. `NEEDS`, {"reference" | "teacher" | "critic" | "reward" | "group" | "pairs" | "ptx": key}: what the run must
-have, always ("") or unless that hyper-parameter is 0; refused at start-up too ("teacher": a reference to learn from; "pairs": an even number of
-samples of a prompt, of which `prepare` makes pairs, B/2 rows). `DEFAULTS`, {key: value}: the paper's or its authors' values where they are stated,
-which configs/NAME.py writes out. `DATA`, data kinds: what it trains on where the type of its batch does not tell, e.g. ("ranking",) for
-`Comparisons` of more than two responses. There is no registry: a file in this folder is an objective, and so is a module of the user's own, named
-by its dotted path. Modules that start with an underscore hold what objectives share; `_catalogue` reads the docstrings for README.md.
+annotation of `batch` says what the data pipeline builds. Four constants are optional in a module of the user's own: `RANGES`, {key: (low, high)} for
+a number, both bounds included, or {key: names} for a string, a tuple or the table of what the names stand for: other values are refused at start-up.
+`NEEDS`, {"reference" | "teacher" | "critic" | "reward" | "group" | "pairs" | "ptx": key}: what the run must have, always ("") or unless that
+hyper-parameter is 0; refused at start-up too ("teacher": a reference to learn from; "pairs": an even number of samples of a prompt, of which
+`prepare` makes pairs, B/2 rows). `DEFAULTS`, {key: value}: the paper's or its authors' values where they are stated, which configs/NAME.py writes
+out. `DATA`, data kinds: what it trains on where the type of its batch does not tell, e.g. ("ranking",) for `Comparisons` of more than two responses.
+There is no registry: a file in this folder is an objective, and so is a module of the user's own, named by its dotted path. Modules that start with
+an underscore hold what objectives share; `_catalogue` reads the docstrings for README.md.
 """
 
 from __future__ import annotations
@@ -105,9 +106,8 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
         raise UserError(f"config.objective lacks {', '.join(missing)}: {name} needs every hyper-parameter written out")
     annotations = _annotations(module)
     values = {key: _checked(key, value, annotations.get(key)) for key, value in given.items()}
-    for key, (low, high) in getattr(module, "RANGES", {}).items():
-        if not low <= values[key] <= high:
-            raise UserError(f"config.objective.{key} = {values[key]!r}: {name} needs it in [{low:g}, {high:g}]")
+    for key, legal_values in getattr(module, "RANGES", {}).items():
+        _check_range(name, key, values[key], legal_values)
 
     def bound(kind: str, otherwise: Any) -> Any:
         if kind not in functions:
@@ -123,11 +123,20 @@ def bind(config_objective: Mapping[str, Any]) -> Objective:
     )
 
 
+def _check_range(name: str, key: str, value: Any, legal: Any) -> None:
+    """Refuses a number outside (low, high), both included, or a string that is not among the names in `legal`."""
+    if all(isinstance(one, str) for one in legal):
+        if value not in tuple(legal):
+            raise UserError(f"config.objective.{key} is {value!r}, which is none of its values{nearest(str(value), legal)}")
+    elif not legal[0] <= value <= legal[1]:
+        raise UserError(f"config.objective.{key} = {value!r}: {name} needs it in [{legal[0]:g}, {legal[1]:g}]")
+
+
 def _needs(module: ModuleType, name: str, values: Mapping[str, Any]) -> frozenset[str]:
     """What the run must have besides data: a need tied to a hyper-parameter goes away where that is 0."""
     declared = getattr(module, "NEEDS", None)
     if declared is None:  # a module of the user's own that does not say: what trains on rollouts is taken to read their scores
-        return frozenset(NEEDS) & {"reward"}
+        return frozenset({"reward"})
     for need, key in declared.items():
         if need not in NEEDS or (key and key not in values):
             raise UserError(f"objective {name}: NEEDS has {need!r}: {key!r}; it maps any of {', '.join(NEEDS)} to '' or to a hyper-parameter")

@@ -34,6 +34,7 @@ NEED_WORDS = {
     "reference": "reference", "teacher": "teacher", "critic": "critic", "reward": "score", "group": "samples in groups", "pairs": "pairs of samples",
     "ptx": "second data set",
 }
+LINE = 150  # characters of the overview's second lines, which end in … where there is more to say
 _LABELS = ("Use", "See", "Deviation")
 
 
@@ -43,17 +44,25 @@ class Hyperparameter:
 
     name: str
     default: Any
-    low: float | None  # None: no stated range
-    high: float | None
+    range: tuple[float, float] | None  # None: none is stated, or it has names
+    names: tuple[str, ...]  # its legal values where it is a string
     meaning: str
+    family: bool = False  # the default is the one that the modules of its family share
 
     @property
     def legal(self) -> str:
-        """The range as text, empty where there is none."""
-        low, high = (bound is not None and math.isfinite(bound) for bound in (self.low, self.high))
-        if low and high:
-            return f"[{self.low:g}, {self.high:g}]"
-        return f"≥ {self.low:g}" if low else f"≤ {self.high:g}" if high else ""
+        """The range or the names as text, empty where there are none."""
+        if self.names:
+            return f"one of {', '.join(self.names)}"
+        low, high = self.range or (-math.inf, math.inf)
+        if math.isfinite(low) and math.isfinite(high):
+            return f"[{low:g}, {high:g}]"
+        return f"≥ {low:g}" if math.isfinite(low) else f"≤ {high:g}" if math.isfinite(high) else ""
+
+    @property
+    def characteristic(self) -> bool:
+        """Whether the default tells the objective from its family: it is not the family's, and switches nothing off."""
+        return not self.family and bool(self.default) and self.default not in ("none", math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,15 @@ class Entry:
         """The first citation alone."""
         return re.split(r"(?<=\))[,;.]|; ", self.see, maxsplit=1)[0].rstrip(".")
 
+    @property
+    def gist(self) -> str:
+        """The paper without equation numbers, the needs with the defaults, and the defaults that tell the objective from its family."""
+        paper = re.sub(r"^(.*?\d{4}).*?( \(arXiv:[\d.]+\)).*$", r"\1\2", self.paper)
+        default = {h.name: h.default for h in self.hyperparameters}
+        needs = ", ".join(NEED_WORDS[need] for need, key in self.needs.items() if not key or default.get(key, True))
+        defaults = ", ".join(f"{h.name} = {h.default!r}" for h in self.hyperparameters if h.characteristic)
+        return "; ".join(part for part in (paper, needs and f"needs {needs}", defaults) if part)
+
 
 def entry(name: str) -> Entry:
     """An objective's entry.
@@ -95,18 +113,25 @@ def entry(name: str) -> Entry:
     module = objectives.load(name)
     title, equation, said = _parts(name, inspect.cleandoc(module.__doc__ or ""))
     functions = {kind: getattr(module, kind) for kind in objectives.POSITIONAL if hasattr(module, kind)}
-    ranges, defaults = getattr(module, "RANGES", {}), getattr(module, "DEFAULTS", {})
     meanings = _meanings(module)
     return Entry(
         name=name, title=title, equation=equation, use=said["Use"], see=said["See"], deviation=said["Deviation"],
         batch_type=objectives._batch_type(name, functions), needs=getattr(module, "NEEDS", {}),
-        hyperparameters=tuple(_hyperparameter(key, value, ranges.get(key), meanings.get(key, "")) for key, value in defaults.items()),
+        hyperparameters=tuple(_hyperparameter(module, key, meanings.get(key, "")) for key in getattr(module, "DEFAULTS", {})),
     )
 
 
-def _hyperparameter(name: str, default: Any, legal: tuple[float, float] | None, meaning: str) -> Hyperparameter:
-    low, high = legal or (None, None)
-    return Hyperparameter(name, default, low, high, meaning)
+def _hyperparameter(module: ModuleType, name: str, meaning: str) -> Hyperparameter:
+    default, legal = module.DEFAULTS[name], getattr(module, "RANGES", {}).get(name)
+    names = tuple(legal) if isinstance(default, str) and legal is not None else ()
+    family = any(name in shared and shared[name] == default for shared in _family_defaults(module))
+    return Hyperparameter(name, default, None if names else legal, names, meaning, family)
+
+
+def _family_defaults(module: ModuleType) -> list[Mapping[str, Any]]:
+    """DEFAULTS of the `_`-modules that a module imports whole."""
+    siblings = [m for m in vars(module).values() if inspect.ismodule(m) and m.__name__.startswith(f"{objectives.__name__}._")]
+    return [getattr(m, "DEFAULTS", {}) for m in siblings]
 
 
 def entries() -> list[Entry]:
@@ -159,7 +184,7 @@ def _arguments(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def overview() -> str:
-    """All objectives, a line each, by family."""
+    """All objectives by family, two lines each: what it is, and its gist."""
     every = entries()
     width = max(len(e.name) for e in every)
     lines = []
@@ -167,7 +192,8 @@ def overview() -> str:
         rows = [e for e in every if e.batch_type is kind]
         if rows:
             lines += ["", family]
-            lines += [f"  {e.name:<{width}}  {_after_colon(e.title)}" + ("" if not e.needs else f"  [{e.need_words}]") for e in rows]
+        for e in rows:
+            lines += [f"  {e.name:<{width}}  {_after_colon(e.title)}", f"  {'':<{width}}  {textwrap.shorten(e.gist, LINE, placeholder=' …')}"]
     return "\n".join(lines[1:])
 
 

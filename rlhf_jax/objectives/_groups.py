@@ -13,11 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import _policy
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._rollouts import completion_scores, known_scores, trainable_rows, with_advantages, without
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.advantages import SCALES, group_statistics
-from rlhf_jax.ops.importance import high_entropy
+from rlhf_jax.ops.importance import LEVELS, high_entropy
 from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.ops.shaping import overlong_punishment
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
@@ -30,9 +29,9 @@ DEFAULTS: dict[str, Any] = {
 CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": math.inf, "ratio_level": "token"}  # of those that clip
 RANGES = {
     **_policy.RANGES, "advantage_eps": (0.0, math.inf), "overlong_length": (0, math.inf), "overlong_buffer": (0, math.inf),
-    "entropy_quantile": (0.0, 1.0),
+    "entropy_quantile": (0.0, 1.0), "advantage_scale": SCALES,
 }
-CLIP_RANGES = {"clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf), "dual_clip": (1.0, math.inf)}
+CLIP_RANGES = {**_policy.CLIP_RANGES, "ratio_level": LEVELS}
 
 
 def prepare(
@@ -73,7 +72,7 @@ def prepare(
         scores += overlong_punishment(mask.sum(-1), overlong_length=overlong_length, overlong_buffer=overlong_buffer)
     groups = group_statistics(scores, batch.group_ids, known)
     metrics["rollout/zero_variance_groups"] = Mean.of(groups.constant, groups.count > 0)
-    advantages = named(SCALES, "advantage_scale", advantage_scale)(scores, batch.group_ids, known, eps=advantage_eps)[:, None]
+    advantages = SCALES[advantage_scale](scores, batch.group_ids, known, eps=advantage_eps)[:, None]
 
     judged = group_statistics(known_scores(batch)[0], batch.group_ids, known)
     batch = trainable_rows(batch, known, mask_truncated=mask_truncated)

@@ -103,7 +103,7 @@ def prepare(
       missing_eos_penalty: subtracted from a truncated sample's score before it is judged, ≥ 0; 0 = none.
     """
     pairs = judge(*paired(batch, missing_eos_penalty=missing_eos_penalty), opponent=False)
-    return pairs, carry, rollout_metrics(batch, raw_scores(batch)) | unscored(batch) | tie_metrics(pairs)
+    return pairs, carry, rollout_metrics(batch, raw_scores(batch)) | tie_metrics(pairs)
 
 
 def judged_reading(nets: Any, batch: JudgedPairs, keys: Array | None, objective: str, *, beta: float) -> tuple[Array, Array, dict[str, Mean]]:
@@ -154,17 +154,6 @@ def tie_metrics(pairs: JudgedPairs) -> dict[str, Mean]:
     return {"rollout/ties": Mean.of(pairs.tied, pairs.real)}
 
 
-def unscored(batch: Rollout) -> dict[str, Mean]:
-    """The fraction of samples without a score.
-
-    Args:
-      batch: the rollout.
-    """
-    chex.assert_rank(batch.truncated, 1)
-    _, known = known_scores(batch)
-    return {"rollout/unscored": Mean.of(~known, batch.real)}
-
-
 def contest_metrics(batch: Rollout, preference: Array, real: Array) -> dict[str, Mean]:
     """The rollout's metrics over the policy's own samples, the opponent's score, and how often the policy's are preferred.
 
@@ -176,7 +165,8 @@ def contest_metrics(batch: Rollout, preference: Array, real: Array) -> dict[str,
     chex.assert_equal_shape([preference, real])
     own, other = (jax.tree.map(lambda x, k=k: x[:, k], neighbours(batch)) for k in (0, 1))
     scores, known = known_scores(other)
-    return rollout_metrics(own, raw_scores(own)) | unscored(batch) | {
+    return rollout_metrics(own, raw_scores(own)) | {
+        "rollout/unscored": Mean.of(~known_scores(batch)[1], batch.real),  # the opponent's too
         "objective/opponent_score": Mean.of(scores, known),
         "objective/preference": Mean.of(preference, real),
     }

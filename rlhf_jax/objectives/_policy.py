@@ -1,6 +1,7 @@
 """What the policy-gradient objectives without a critic share at the loss: the policy read on a prepared rollout, the KL penalty, the entropy bonus.
 
-An objective's `loss` is then its surrogate of `Evaluation.log_ratios` and `.advantages`, and one line for what it is averaged over.
+An objective's `loss` is then its surrogate of `Evaluation.log_ratios` and `.advantages`, and one line for what it is averaged over; those whose
+surrogate is PPO's are that line alone: `loss = clipped_loss(token_means)`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import chex
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.objectives._rollouts import PLACES, drift_metrics, filled, log_ratio
 from rlhf_jax.ops import vocab
-from rlhf_jax.ops.importance import LEVELS, on_policy
+from rlhf_jax.ops.importance import CORRECTIONS, LEVELS, on_policy
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio
 from rlhf_jax.ops.masking import loss_tokens, masked_mean, masked_sum
+from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
 
 DEFAULTS: dict[str, Any] = {  # what is off by default in every objective that takes it
@@ -27,8 +28,10 @@ DEFAULTS: dict[str, Any] = {  # what is off by default in every objective that t
 }
 RANGES = {
     "beta": (0.0, math.inf), "entropy_coef": (0.0, math.inf), "off_policy_kl": (0.0, math.inf), "correction_low": (0.0, 1.0),
-    "correction_high": (1.0, math.inf), "missing_eos_penalty": (0.0, math.inf),
+    "correction_high": (1.0, math.inf), "missing_eos_penalty": (0.0, math.inf), "kl_estimator": ESTIMATORS, "kl_in": PLACES,
+    "correction": CORRECTIONS,
 }
+CLIP_RANGES = {"clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf), "dual_clip": (1.0, math.inf)}
 
 
 @struct.dataclass
@@ -74,8 +77,7 @@ def evaluate(nets: Any, batch: Rollout, keys: Array | None, *, ratio_level: str,
         left_out = ~on_policy(advantages, log_ratio(out.logps, batch.sampler_logps, mask), mask, off_policy_kl=off_policy_kl)
         advantages = jnp.where(left_out, 0.0, advantages)
     return Evaluation(seqs=batch.seqs, mask=mask, rows=mask.any(-1), logps=out.logps, entropy=out.entropy, token_log_ratios=log_ratios,
-                      log_ratios=named(LEVELS, "ratio_level", ratio_level)(log_ratios, mask),
-                      advantages=advantages, left_out=left_out)
+                      log_ratios=LEVELS[ratio_level](log_ratios, mask), advantages=advantages, left_out=left_out)
 
 
 def kl_loss(ref_log_ratios: Array, log_ratios: Array, *, beta: float, kl_estimator: str, unbiased_kl: bool) -> Array:
@@ -94,7 +96,7 @@ def kl_loss(ref_log_ratios: Array, log_ratios: Array, *, beta: float, kl_estimat
     """
     chex.assert_rank([ref_log_ratios, log_ratios], 2)
     chex.assert_equal_shape([ref_log_ratios, log_ratios])
-    kl = named(ESTIMATORS, "kl_estimator", kl_estimator)(ref_log_ratios)
+    kl = ESTIMATORS[kl_estimator](ref_log_ratios)
     if not unbiased_kl:
         return beta * kl
     # The estimators saturate at e⁶⁰ and the ratio at e²⁷, so that their product stays finite in float32.
@@ -119,8 +121,7 @@ def penalties(
     """
     chex.assert_equal_shape([now.mask, now.log_ratios, now.entropy])
     terms = {}
-    place, _ = named(PLACES, "kl_in", kl_in), named(ESTIMATORS, "kl_estimator", kl_estimator)  # a typo is refused whatever β is
-    if beta and place == "loss":
+    if beta and kl_in == "loss":
         ref_log_ratios = log_ratio(now.logps, reference_logps(now.seqs, "with config.objective.beta > 0"), now.mask)
         terms["kl"] = average(kl_loss(ref_log_ratios, now.token_log_ratios, beta=beta, kl_estimator=kl_estimator, unbiased_kl=unbiased_kl), now)
     if entropy_coef:
@@ -159,3 +160,24 @@ def sequence_sums(x: Array, now: Evaluation) -> Mean:
     """
     chex.assert_equal_shape([x, now.mask])
     return Mean.of(masked_sum(x, now.mask), now.rows)
+
+
+def clipped_loss(average: Callable[[Array, Evaluation], Mean]) -> Callable[..., tuple[dict[str, Mean], dict[str, Mean]]]:
+    """The `loss` of the objectives on PPO's clipped surrogate, which differ in what it is averaged over.
+
+    Args:
+      average: a loss per token [B, T] to a Mean: `sequence_means`, `token_means`, `sequence_sums` or another.
+    """
+
+    def loss(
+        nets: Any, batch: Rollout, keys: Array | None, *, clip_low: float, clip_high: float, dual_clip: float, ratio_level: str,
+        off_policy_kl: float, beta: float, kl_estimator: str, kl_in: str, unbiased_kl: bool, entropy_coef: float,
+    ) -> tuple[dict[str, Mean], dict[str, Mean]]:
+        now = evaluate(nets, batch, keys, ratio_level=ratio_level, off_policy_kl=off_policy_kl)
+        surrogate = clipped_surrogate(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        clipped = surrogate_is_clipped(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        terms = {"policy": average(surrogate, now)} | penalties(
+            now, average, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
+        return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+
+    return loss

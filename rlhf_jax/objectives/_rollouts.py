@@ -9,7 +9,6 @@ import chex
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.ops.importance import CORRECTIONS
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio, k1, k3
@@ -17,7 +16,7 @@ from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum
 from rlhf_jax.ops.policy_gradient import surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
 
-PLACES = {"reward": "reward", "loss": "loss"}  # where a KL penalty may sit
+PLACES = ("reward", "loss")  # where a KL penalty may sit
 
 
 def raw_scores(batch: Rollout) -> Array:
@@ -90,14 +89,13 @@ def completion_scores(
     """
     chex.assert_equal_shape([old_logps, batch.seqs.tokens])
     mask, (raw, known) = loss_tokens(batch.seqs), known_scores(batch)
-    metrics = rollout_metrics(batch, raw_scores(batch)) | {"rollout/unscored": Mean.of(~known, batch.real)}
+    metrics = rollout_metrics(batch, raw_scores(batch))
     scores = penalised(raw, batch.truncated, missing_eos_penalty=missing_eos_penalty)
     if batch.seqs.ref_logps is not None:
         metrics["objective/kl"] = sequence_kl(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, batch.real)
-    place, estimator = named(PLACES, "kl_in", kl_in), named(ESTIMATORS, "kl_estimator", kl_estimator)  # a typo is refused whatever β is
-    if beta and place == "reward":
+    if beta and kl_in == "reward":
         log_ratios = log_ratio(old_logps, reference_logps(batch.seqs, "with config.objective.beta > 0"), mask)
-        penalty = -beta * masked_sum(estimator(log_ratios), mask)
+        penalty = -beta * masked_sum(ESTIMATORS[kl_estimator](log_ratios), mask)
         scores = scores + penalty
         metrics["objective/non_score_reward"] = Mean.of(penalty, batch.real)
         metrics["objective/rlhf_reward"] = Mean.of(scores, known)
@@ -167,7 +165,7 @@ def corrections(
     """
     chex.assert_rank([old_logps, sampler_logps, mask], 2)
     chex.assert_equal_shape([old_logps, sampler_logps, mask])
-    weigh, log_ratios = named(CORRECTIONS, "correction", correction), log_ratio(old_logps, sampler_logps, mask)
+    weigh, log_ratios = CORRECTIONS[correction], log_ratio(old_logps, sampler_logps, mask)
     weights = weigh(log_ratios, mask, correction_low=correction_low, correction_high=correction_high)
     if correction == "none":
         return weights, {}
@@ -223,7 +221,7 @@ def length_metrics(batch: Rollout) -> dict[str, Mean]:
 
 
 def rollout_metrics(batch: Rollout, scores: Array) -> dict[str, Mean]:
-    """Mean and standard deviation of the scores, the policy's own tokens per row, and the fraction of truncated rows.
+    """Mean and standard deviation of the scores, the policy's own tokens per row, and the fractions of truncated and of unscored rows.
 
     Args:
       batch: the rollout.
@@ -235,6 +233,7 @@ def rollout_metrics(batch: Rollout, scores: Array) -> dict[str, Mean]:
     return {
         "objective/score": Mean.of(scores, known),
         "objective/score_std": Mean.of(jnp.sqrt(variance)),
+        "rollout/unscored": Mean.of(~known, batch.real),
     } | length_metrics(batch)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
 from rlhf_jax.objectives._policy import evaluate, penalties, token_means
+from rlhf_jax.ops.importance import LEVELS
 from rlhf_jax.ops.kl import exp_ratio
 from rlhf_jax.types import Array, Mean, Rollout
 
@@ -27,7 +28,7 @@ __all__ = ["cispo_loss", "loss", "prepare"]
 
 NEEDS = _groups.NEEDS
 DEFAULTS = {**_groups.DEFAULTS, "clip_low": 1.0, "clip_high": 4.0, "ratio_level": "token"}
-RANGES = {**_groups.RANGES, "clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf)}
+RANGES = {**_groups.RANGES, "ratio_level": LEVELS, "clip_low": (0.0, 1.0), "clip_high": (0.0, math.inf)}
 
 
 def cispo_loss(logps: Array, log_ratios: Array, advantages: Array, *, clip_low: float, clip_high: float) -> Array:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import REDUCTIONS, pair_metrics, policy_reading
 from rlhf_jax.objectives.cdpo import cdpo_loss
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.types import Array, Comparisons, Mean
 
 DEFAULTS = {"beta": 0.1, "alpha": 1.0, "nll": "sum", "epsilon": 0.0}
-RANGES = {"beta": (1e-6, math.inf), "alpha": (0.0, math.inf), "epsilon": (0.0, 0.499)}
+RANGES = {"beta": (1e-6, math.inf), "alpha": (0.0, math.inf), "epsilon": (0.0, 0.499), "nll": REDUCTIONS}
 
 
 def loss(
@@ -34,7 +33,7 @@ def loss(
     """
     logps, mask = policy_reading(nets, batch, keys)
     sums = masked_sum(logps, mask)
-    likelihood = named(REDUCTIONS, "nll", nll)(logps[:, 0], mask[:, 0])
+    likelihood = REDUCTIONS[nll](logps[:, 0], mask[:, 0])
     terms = {
         "cpo": Mean.of(cdpo_loss(sums[:, 0], sums[:, 1], beta=beta, epsilon=epsilon), batch.real),
         "nll": Mean.of(-alpha * likelihood, batch.real),

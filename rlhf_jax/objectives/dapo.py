@@ -12,13 +12,9 @@ as the paper's 4096 of 20480 tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
-from rlhf_jax.objectives._policy import evaluate, penalties, token_means
-from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
-from rlhf_jax.types import Array, Mean, Rollout
+from rlhf_jax.objectives._policy import clipped_loss, token_means
 
 __all__ = ["loss", "prepare"]
 
@@ -29,14 +25,4 @@ DEFAULTS = {
 }
 RANGES = {**_groups.RANGES, **_groups.CLIP_RANGES}
 
-
-def loss(
-    nets: Any, batch: Rollout, keys: Array | None, *, clip_low: float, clip_high: float, dual_clip: float, ratio_level: str, off_policy_kl: float,
-    beta: float, kl_estimator: str, kl_in: str, unbiased_kl: bool, entropy_coef: float,
-) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    now = evaluate(nets, batch, keys, ratio_level=ratio_level, off_policy_kl=off_policy_kl)
-    surrogate = clipped_surrogate(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    clipped = surrogate_is_clipped(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    terms = {"policy": token_means(surrogate, now)} | penalties(
-        now, token_means, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+loss = clipped_loss(token_means)

@@ -18,9 +18,8 @@ import chex
 
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
-from rlhf_jax.objectives._policy import Evaluation, evaluate, penalties
+from rlhf_jax.objectives._policy import Evaluation, clipped_loss
 from rlhf_jax.ops.masking import masked_sum
-from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, Rollout
 
 __all__ = ["loss", "prepare", "scaled_sums"]
@@ -46,10 +45,7 @@ def loss(
     nets: Any, batch: Rollout, keys: Array | None, *, clip_low: float, clip_high: float, dual_clip: float, ratio_level: str, off_policy_kl: float,
     beta: float, kl_estimator: str, kl_in: str, unbiased_kl: bool, entropy_coef: float, length_scale: float,
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    now = evaluate(nets, batch, keys, ratio_level=ratio_level, off_policy_kl=off_policy_kl)
-    surrogate = clipped_surrogate(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    clipped = surrogate_is_clipped(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    average = functools.partial(scaled_sums, length_scale=length_scale)
-    terms = {"policy": average(surrogate, now)} | penalties(
-        now, average, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+    chex.assert_equal_shape([batch.seqs.tokens, batch.sampler_logps])
+    return clipped_loss(functools.partial(scaled_sums, length_scale=length_scale))(
+        nets, batch, keys, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_level=ratio_level, off_policy_kl=off_policy_kl,
+        beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import pair_metrics, pair_reading
 from rlhf_jax.objectives.dpo import dpo_loss
 from rlhf_jax.ops.divergences import SCORES
@@ -22,7 +21,7 @@ from rlhf_jax.types import Array, Comparisons, Mean
 
 NEEDS = {"reference": ""}
 DEFAULTS = {"beta": 0.1, "divergence": "jensen_shannon", "alpha": 0.5}
-RANGES = {"beta": (1e-6, math.inf), "alpha": (0.0, 1.0)}
+RANGES = {"beta": (1e-6, math.inf), "alpha": (0.0, 1.0), "divergence": SCORES}
 
 
 def loss(
@@ -36,6 +35,6 @@ def loss(
       alpha: of the divergence "alpha", which lies between the reverse KL (0) and the forward KL (1); the others do not read it.
     """
     logps, ratios = pair_reading(nets, batch, keys, "f_dpo")
-    scores = named(SCORES, "divergence", divergence)(ratios, alpha=alpha)
+    scores = SCORES[divergence](ratios, alpha=alpha)
     losses = dpo_loss(scores[:, 0], scores[:, 1], beta=beta)
     return {"f_dpo": Mean.of(losses, batch.real)}, pair_metrics(logps, beta * scores, batch)

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
-from rlhf_jax.objectives.grpo import loss
+from rlhf_jax.objectives._policy import clipped_loss, sequence_means
 
 __all__ = ["loss", "prepare"]
 
 NEEDS = _groups.NEEDS
 DEFAULTS = {**_groups.DEFAULTS, **_groups.CLIP, "clip_low": 3e-4, "clip_high": 4e-4, "ratio_level": "sequence"}
 RANGES = {**_groups.RANGES, **_groups.CLIP_RANGES}
+
+loss = clipped_loss(sequence_means)

@@ -16,14 +16,13 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._pairs import REDUCTIONS, pair_metrics, token_reading
 from rlhf_jax.ops.masking import masked_sum
 from rlhf_jax.types import Array, Comparisons, Mean
 
 NEEDS = {"reference": ""}
 DEFAULTS = {"tau": 0.1, "reduction": "sum"}
-RANGES = {"tau": (1e-4, math.inf)}
+RANGES = {"tau": (1e-4, math.inf), "reduction": REDUCTIONS}
 
 
 def ipo_loss(chosen: Array, rejected: Array, *, tau: float) -> Array:
@@ -48,6 +47,6 @@ def loss(nets: Any, batch: Comparisons, keys: Array | None, *, tau: float, reduc
       reduction: of the log-ratios over a response's tokens: "sum", or "mean".
     """
     logps, ratios, mask = token_reading(nets, batch, keys, "ipo")
-    ratios = named(REDUCTIONS, "reduction", reduction)(ratios, mask)
+    ratios = REDUCTIONS[reduction](ratios, mask)
     losses = ipo_loss(ratios[:, 0], ratios[:, 1], tau=tau)
     return {"ipo": Mean.of(losses, batch.real)}, pair_metrics(masked_sum(logps, mask), tau * ratios, batch)

@@ -21,7 +21,6 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from rlhf_jax.objectives._choices import named
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.objectives._rollouts import (
     corrections,
@@ -37,6 +36,7 @@ from rlhf_jax.objectives._rollouts import (
 )
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.advantages import gae
+from rlhf_jax.ops.importance import CORRECTIONS
 from rlhf_jax.ops.kl import ESTIMATORS
 from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum, place_at_last, whiten
 from rlhf_jax.ops.policy_gradient import clipped_surrogate, clipped_value_loss, value_is_clipped
@@ -51,8 +51,8 @@ DEFAULTS = {
 RANGES = {
     "kl_coef": (0.0, math.inf), "kl_target": (1e-9, math.inf), "kl_horizon": (1e-9, math.inf), "gamma": (0.0, 1.0), "lam": (0.0, 1.0),
     "clip": (0.0, 1.0), "dual_clip": (1.0, math.inf), "value_clip": (0.0, math.inf), "value_coef": (0.0, math.inf), "entropy_coef": (0.0, math.inf),
-    "missing_eos_penalty": (0.0, math.inf), "reward_scale": (1e-9, math.inf), "reward_clip": (1e-9, math.inf),
-    "correction_low": (0.0, 1.0), "correction_high": (1.0, math.inf),
+    "missing_eos_penalty": (0.0, math.inf), "reward_scale": (1e-9, math.inf), "reward_clip": (1e-9, math.inf), "correction_low": (0.0, 1.0),
+    "correction_high": (1.0, math.inf), "kl_estimator": ESTIMATORS, "correction": CORRECTIONS,
 }
 
 
@@ -82,7 +82,7 @@ def token_rewards(scores: Array, log_ratios: Array, mask: Array, kl_coef: Array,
     """
     chex.assert_rank([scores, log_ratios, mask, kl_coef], [1, 2, 2, 0])
     chex.assert_equal_shape([log_ratios, mask])
-    kl = named(ESTIMATORS, "kl_estimator", kl_estimator)(log_ratios)
+    kl = ESTIMATORS[kl_estimator](log_ratios)
     return jnp.where(mask, -kl_coef * kl, 0.0) + place_at_last(scores, mask)
 
 
@@ -144,7 +144,7 @@ def prepare(
     """
     chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
     raw, known = known_scores(batch)
-    metrics = rollout_metrics(batch, raw_scores(batch)) | {"rollout/unscored": Mean.of(~known, batch.real)}
+    metrics = rollout_metrics(batch, raw_scores(batch))
     batch = trainable_rows(batch, known, mask_truncated=False)
     mask = loss_tokens(batch.seqs)
     out = nets.policy(batch.seqs, want=(vocab.logps, "values"))  # actor and critic in one pass

@@ -16,15 +16,13 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
-from rlhf_jax.objectives import _groups, _policy
-from rlhf_jax.objectives._choices import named
-from rlhf_jax.objectives._policy import evaluate, penalties, token_means
+from rlhf_jax.objectives import _policy
+from rlhf_jax.objectives._policy import clipped_loss, token_means
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import PLACES, completion_scores, log_ratio, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import completion_scores, log_ratio, trainable_rows, with_advantages
 from rlhf_jax.objectives.ppo import token_rewards
 from rlhf_jax.ops.advantages import gae, group_centred
 from rlhf_jax.ops.masking import loss_tokens, masked_sum, whiten
-from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
 NEEDS = {"reference": "beta", "reward": "", "group": "group_baseline"}
@@ -32,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "beta": 0.01, "kl_estimator": "k1", "kl_in": "reward", "gamma": 1.0, "group_baseline": False, "missing_eos_penalty": 0.0,
     "mask_truncated": False, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": math.inf, **_policy.DEFAULTS,
 }
-RANGES = {**_policy.RANGES, **_groups.CLIP_RANGES, "gamma": (0.0, 1.0)}
+RANGES = {**_policy.RANGES, **_policy.CLIP_RANGES, "gamma": (0.0, 1.0)}
 
 
 def returns_to_go(rewards: Array, mask: Array, *, gamma: float) -> Array:
@@ -69,7 +67,7 @@ def prepare(
     scores, known, metrics = completion_scores(batch, old_logps, beta=0.0, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
     scores = baselined(scores, batch.group_ids, known, group_baseline=group_baseline)
-    coef = beta if named(PLACES, "kl_in", kl_in) == "reward" else 0.0
+    coef = beta if kl_in == "reward" else 0.0
     ref_logps = reference_logps(batch.seqs, "reinforce_pp") if coef else old_logps
     rewards = token_rewards(scores, log_ratio(old_logps, ref_logps, mask), mask, jnp.float32(coef), kl_estimator=kl_estimator)
     metrics["objective/rlhf_reward"] = Mean.of(masked_sum(rewards, mask), known)
@@ -86,9 +84,7 @@ def loss(
     nets: Any, batch: Rollout, keys: Array | None, *, clip_low: float, clip_high: float, dual_clip: float, off_policy_kl: float,
     beta: float, kl_estimator: str, kl_in: str, unbiased_kl: bool, entropy_coef: float,
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    now = evaluate(nets, batch, keys, ratio_level="token", off_policy_kl=off_policy_kl)
-    surrogate = clipped_surrogate(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    clipped = surrogate_is_clipped(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    terms = {"policy": token_means(surrogate, now)} | penalties(
-        now, token_means, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+    chex.assert_equal_shape([batch.seqs.tokens, batch.sampler_logps])
+    return clipped_loss(token_means)(
+        nets, batch, keys, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_level="token", off_policy_kl=off_policy_kl,
+        beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)

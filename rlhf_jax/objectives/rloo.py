@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "beta": 0.03, "kl_estimator": "k1", "kl_in": "reward", "reward_clip": math.inf, "normalise_advantages": False, "advantage_eps": 1e-4,
     "missing_eos_penalty": 0.0, "mask_truncated": False, "clip_low": 1.0, "clip_high": math.inf, "dual_clip": math.inf, **_policy.DEFAULTS,
 }
-RANGES = {**_policy.RANGES, **_groups.CLIP_RANGES, "reward_clip": (1e-9, math.inf), "advantage_eps": (0.0, math.inf)}
+RANGES = {**_policy.RANGES, **_policy.CLIP_RANGES, "reward_clip": (1e-9, math.inf), "advantage_eps": (0.0, math.inf)}
 
 
 def rloo_advantages(returns: Array, group_ids: Array, known: Array, *, normalise_advantages: bool, advantage_eps: float) -> Array:

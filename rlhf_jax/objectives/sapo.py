@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
 from rlhf_jax.objectives._policy import evaluate, penalties, sequence_means
+from rlhf_jax.ops.importance import LEVELS
 from rlhf_jax.ops.kl import exp_ratio
 from rlhf_jax.types import Array, Mean, Rollout
 
@@ -27,7 +28,7 @@ __all__ = ["loss", "prepare", "sapo_loss"]
 
 NEEDS = _groups.NEEDS
 DEFAULTS = {**_groups.DEFAULTS, "temperature_pos": 1.0, "temperature_neg": 1.05, "ratio_level": "token"}
-RANGES = {**_groups.RANGES, "temperature_pos": (1e-6, math.inf), "temperature_neg": (1e-6, math.inf)}
+RANGES = {**_groups.RANGES, "ratio_level": LEVELS, "temperature_pos": (1e-6, math.inf), "temperature_neg": (1e-6, math.inf)}
 
 
 def sapo_loss(log_ratios: Array, advantages: Array, *, temperature_pos: float, temperature_neg: float) -> Array:

@@ -29,7 +29,7 @@ def _forget() -> None:
     for name in list(flags.FLAGS):
         if name.startswith("config."):
             delattr(flags.FLAGS, name)
-        elif name in ("config", "workdir", "profile"):
+        elif name in ("config", "workdir", "profile", "markdown"):
             flags.FLAGS[name].unparse()
 
 

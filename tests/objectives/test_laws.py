@@ -39,6 +39,18 @@ def test_the_module_cites_its_paper_and_has_no_defaults(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_ranges_and_needs_speak_of_is_there_and_every_string_has_its_names(name):
+    module = objectives.load(name)
+    ranges = getattr(module, "RANGES", {})
+    assert ranges.keys() <= module.DEFAULTS.keys() >= set(getattr(module, "NEEDS", {}).values()) - {""}
+    for key, default in module.DEFAULTS.items():
+        if isinstance(default, str):
+            assert default in ranges[key], key
+            for legal in ranges[key]:
+                assert objectives.bind({**CONFIGS[name], key: legal}).hyperparameters[key] == legal
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_terms_and_metrics_are_means_and_counts_ignore_the_parameters(name):
     bound, fake, batch = case(name)
     terms, metrics = tabular.loss(bound, fake, batch)

@@ -104,6 +104,9 @@ def test_a_module_of_the_users_own(module):
     ({"name": "dpo", "beta": None}, r"beta is None: it must be a float"),
     ({"name": "dpo", "beta": float("nan")}, r"beta is nan"),
     ({**CONFIGS["ppo"], "whiten_rewards": 1}, r"whiten_rewards is 1: it must be a bool"),
+    ({"name": "dpo", "beta": -0.1}, r"^config\.objective\.beta = -0\.1: dpo needs it in \[1e-06, inf\]$"),
+    ({**CONFIGS["grpo"], "kl_in": "rewards"}, r"^config\.objective\.kl_in is 'rewards', which is none of its values \(did you mean 'reward'\?\)$"),
+    ({**CONFIGS["ppo"], "kl_estimator": 3}, r"kl_estimator is 3: it must be a str"),
 ])
 def test_mistakes_are_one_clear_sentence(config, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
@@ -141,6 +144,20 @@ def test_annotations_that_only_a_type_checker_sees_do_no_harm(module):
     assert bound.batch_type is Sequences
     with pytest.raises(UserError, match="beta is 'x'"):
         objectives.bind({"name": path, "beta": "x", "mode": None})
+
+
+def test_ranges_of_a_users_own(module):
+    path = module("ranged", """
+        from rlhf_jax.types import Sequences
+        RANGES = {"beta": (0, 1), "mode": ("soft", "hard"), "kind": {"wide": abs}}
+        def loss(nets, batch: Sequences, keys, *, beta, mode, kind): ...
+    """)
+    good = {"name": path, "beta": 1, "mode": "hard", "kind": "wide"}
+    assert dict(objectives.bind(good).hyperparameters) == {key: value for key, value in good.items() if key != "name"}
+    for key, value, sentence in [("beta", 1.5, r"beta = 1\.5: .* needs it in \[0, 1\]"), ("kind", 2, "kind is 2, .* legal names are wide"),
+                                 ("mode", "none", "mode is 'none', .* legal names are hard, soft"), ("mode", ["hard"], r"mode is \['hard'\]")]:
+        with pytest.raises(UserError, match=sentence):
+            objectives.bind({**good, key: value})
 
 
 def test_prepare_sees_the_batch_first_so_its_annotation_wins(module):

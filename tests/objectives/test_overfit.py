@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 from typing import Any
 
 import jax
@@ -26,11 +28,13 @@ CHANGES: dict[str, dict[str, Any]] = {  # hyper-parameters other than in setting
     "rloo": {"beta": 0.005}, "reinforce": {"beta": 0.005, "entropy_coef": 0.0}, "reinforce_pp": {"beta": 0.005},
 }
 ELSEWHERE: dict[str, str] = {  # objective → the test of its own that shows what moves, where none of the forms below fits
-    **dict.fromkeys(("forward_kl", "reverse_kl", "gkd", "on_policy_gkd", "on_policy_reverse_kl"), "test_supervised.py: the student becomes it"),
-    "dft": "test_supervised.py: of two answers to one prompt it settles on the commoner",
-    "ppo_ptx": "test_supervised.py: the score rises and a second data set stays likely",
-    "reward": "test_reward.py: an order that a table can learn",
-    "plackett_luce": "test_rankings.py: an order of four responses that a table can learn",
+    **dict.fromkeys(
+        ("forward_kl", "reverse_kl", "gkd", "on_policy_gkd", "on_policy_reverse_kl"), "test_supervised.py::test_the_student_becomes_its_teacher"
+    ),
+    "dft": "test_supervised.py::test_of_two_answers_dft_settles_on_the_commoner_where_sft_keeps_both",
+    "ppo_ptx": "test_supervised.py::test_ptx_keeps_the_second_data_set_likely_while_the_score_rises",
+    "reward": "test_reward.py::test_overfit_the_accuracy_rises",
+    "plackett_luce": "test_rankings.py::test_overfit_an_order_of_four",
 }
 WANTED = 1  # the token that the reward of a rollout asks for
 
@@ -66,6 +70,16 @@ def of_type(kind: type) -> list[str]:
 
 def sums(fake: tabular.TabularNets, seqs: Sequences) -> Array:
     return masked_sum(fake.policy(seqs).logps, loss_tokens(seqs))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_elsewhere_is_a_test_of_the_objective(name: str) -> None:
+    """It exists, is not marked slow, and its file names the objective."""
+    file, _, function = ELSEWHERE[name].partition("::")
+    module = importlib.import_module(f"tests.objectives.{file.removesuffix('.py')}")
+    found = getattr(module, function)
+    assert callable(found) and not any(mark.name == "slow" for mark in getattr(found, "pytestmark", []))
+    assert name in objectives.names() and f'"{name}"' in inspect.getsource(module)
 
 
 @pytest.mark.parametrize("name", of_type(Sequences))

@@ -35,6 +35,7 @@ from rlhf_jax.types import Comparisons
 from tests import reference
 from tests.objectives import tabular
 from tests.objectives.settings import CONFIGS, V, bound, config
+from tests.reference.numeric import gradient
 
 LOG2 = math.log(2)
 # (loss, its value and its slopes by the log-ratios of y_w and y_l where both are 0)
@@ -198,11 +199,28 @@ def test_other_options_against_numpy(objective: dict[str, Any]) -> None:
     np.testing.assert_allclose(value(objective, fake, batch), reference.find(objective["name"])(tables, case), rtol=1e-5)
 
 
-@pytest.mark.parametrize("key", ["ipo.reduction", "cpo.nll", "f_dpo.divergence"])
+def test_orpos_likelihood_over_all_tokens() -> None:
+    """The head runs at every position, wherever the data pipeline would have it run: the prompt's log-probs are no zeros."""
+    objective = config("orpo", nll_over="all")
+    rng, chosen = np.random.default_rng(2), objectives.bind(objective)
+    fake, batch = tabular.nets(rng, V), tabular.comparisons(rng, 5, 8, V, filler=True)
+    batch = batch.replace(seqs=batch.seqs.replace(loss_positions=jnp.full((5, 2, 1), 7, jnp.int32)))
+    got, slopes = tabular.objective(chosen, fake, batch)
+    (tables, ref), numpy = tabular.float64(fake), tabular.as_numpy(batch)
+    case = reference.Case(old=tables, at=tables, ref=ref, batch=numpy, h=objective, carry={})
+    slow = lambda table: reference.find("orpo")({**tables, "policy": table}, case)  # noqa: E731
+    np.testing.assert_allclose(got, slow(tables["policy"]), rtol=1e-5)
+    np.testing.assert_allclose(slopes["policy"], gradient(slow, tables["policy"]), rtol=2e-3, atol=2e-5)
+    segments = numpy.seqs.segment_ids[:-1, 0]
+    count = tabular.loss(chosen, fake, batch)[0]["nll"].count
+    assert count == (segments != 0).sum() - len(segments) > tabular.loss(bound("orpo"), fake, batch)[0]["nll"].count
+
+
+@pytest.mark.parametrize("key", ["ipo.reduction", "cpo.nll", "f_dpo.divergence", "orpo.nll_over"])
 def test_an_unknown_option_is_named(key: str) -> None:
     name, option = key.split(".")
-    with pytest.raises(UserError, match=rf"config\.objective\.{option} is 'none'"):
-        value(config(name, **{option: "none"}), *pairs())
+    with pytest.raises(UserError, match=rf"^config\.objective\.{option} is 'none', which is none of its values; legal names are \w+, "):
+        objectives.bind(config(name, **{option: "none"}))
 
 
 PAIRS = [name for name in CONFIGS if bound(name).batch_type is Comparisons and not bound(name).data]

@@ -290,5 +290,11 @@ def orpo(new, case):
         p = math.exp(min(mean(logps), -1e-6))
         return math.log(p) - math.log(1 - p)
 
-    nll = mean(-x for b in rows for x in tokens[b][0])
+    def chosen(b):
+        """log π of the tokens of y_w, or of x and y_w but for the first, which nothing predicts."""
+        row, segments = case.batch.seqs.tokens[b, 0], case.batch.seqs.segment_ids[b, 0]
+        every = [x for t, x in enumerate(objectives.logps(new["policy"], row, segments)) if objectives.predecessor(segments, t)]
+        return {"response": tokens[b][0], "all": every}[case.h["nll_over"]]
+
+    nll = mean(-x for b in rows for x in chosen(b))
     return nll + case.h["odds_coef"] * mean(-log_sigmoid(log_odds(tokens[b][0]) - log_odds(tokens[b][1])) for b in rows)
