@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from rlhf_jax.data.encode import Row
 from rlhf_jax.data.packing import Plan, epoch_order, epoch_plan, pack
 from rlhf_jax.data.prepare import Prepared, branches
 from rlhf_jax.data.records import Message
@@ -25,6 +26,7 @@ from rlhf_jax.types import Comparisons, Prompts, Sequences
 Batch = TypeVar("Batch")
 _EPOCHS_KEPT = 4
 EMPTY = np.zeros(0, np.int64)  # the pack of a filler row
+Segment = tuple[np.ndarray, np.ndarray]  # tokens and loss mask, [length] both
 
 
 def check_batching(batch_size: int, host: tuple[int, int] = (0, 1), group_size: int = 1) -> None:
@@ -137,18 +139,38 @@ class Dataset(abc.ABC, Generic[Batch]):
         return plan
 
 
-class SequenceData(Dataset[Sequences]):
-    """Demonstrations and plain text, [B, T], several rows to a pack if `packed`.
+class PaddedData(Dataset[Batch]):
+    """What the kinds with rows of T tokens share, padded on the right.
 
     Args:
       max_length: T.
+    """
+
+    def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
+        super().__init__(prepared, **shared)
+        self.max_length = max_length
+        self.loss_slots = head_slots(prepared, max_length)
+
+    def _rows(self, packs: Sequence[np.ndarray]) -> list[Row | None]:
+        """The row of each pack of one; None for a filler row."""
+        return [self.prepared[int(pack_[0])] if len(pack_) else None for pack_ in packs]
+
+    def _padded(self, rows: Sequence[Sequence[Segment]]) -> Sequences:
+        return right_padded(rows, self.max_length, self.loss_slots, self.pad_id)
+
+
+class SequenceData(PaddedData[Sequences]):
+    """Demonstrations and plain text, [B, T], several rows to a pack if `packed`.
+
+    Args:
       packed: put several rows into one, each a segment of its own.
     """
 
-    def __init__(self, prepared: Prepared, *, max_length: int, packed: bool, **shared: Any) -> None:
+    def __init__(self, prepared: Prepared, *, packed: bool, **shared: Any) -> None:
         super().__init__(prepared, **shared)
-        self.max_length, self.packed = max_length, packed
-        self.loss_slots = None if packed else head_slots(prepared, max_length)
+        self.packed = packed
+        if packed:
+            self.loss_slots = None  # a pack may hold more head positions than any row
         self._ends: dict[int, list[int]] = {}  # by seed: slots up to the end of each epoch planned so far
 
     def _begin(self, epoch: int, seed: int) -> int:
@@ -178,32 +200,26 @@ class SequenceData(Dataset[Sequences]):
         return self.prepared.lengths[:, 0]
 
     def _build(self, packs: Sequence[np.ndarray]) -> Sequences:
-        rows = [[(row["tokens"], row["loss_mask"]) for row in map(self.prepared.__getitem__, map(int, pack_))] for pack_ in packs]
-        return right_padded(rows, self.max_length, self.loss_slots, self.pad_id)
+        return self._padded([[segment(self.prepared[int(i)]) for i in pack_] for pack_ in packs])
 
 
-class ComparisonData(Dataset[Comparisons]):
+class ComparisonData(PaddedData[Comparisons]):
     """Pairs and rankings, [B, K, T], the best response first; K is the most responses of any row, a row with fewer ends in empty branches.
 
     `margin` is None when no row of the files has one, else 0 where a row has none.
-
-    Args:
-      max_length: T.
     """
 
-    def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
+    def __init__(self, prepared: Prepared, **shared: Any) -> None:
         super().__init__(prepared, **shared)
-        self.max_length, self.branches = max_length, prepared.lengths.shape[1]
-        self.loss_slots = head_slots(prepared, max_length)
-        self.has_margins = prepared.stats["margins"] > 0
+        self.branches, self.has_margins = prepared.lengths.shape[1], prepared.stats["margins"] > 0
 
     def _build(self, packs: Sequence[np.ndarray]) -> Comparisons:
-        rows = [self.prepared[int(pack_[0])] if len(pack_) else None for pack_ in packs]
-        flat: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        rows = self._rows(packs)
+        flat: list[list[Segment]] = []
         for row in rows:
             found = [[branch] for branch in branches(row)] if row else []
             flat += found + [[]] * (self.branches - len(found))
-        seqs = right_padded(flat, self.max_length, self.loss_slots, self.pad_id)
+        seqs = self._padded(flat)
         leaves = {name: leaf.reshape(len(packs), self.branches, -1) for name, leaf in vars(seqs).items() if leaf is not None}
         margin: Any = np.array([row["margin"] if row else 0.0 for row in rows], np.float32) if self.has_margins else None
         return Comparisons(seqs=Sequences(**leaves), margin=margin)
@@ -273,11 +289,16 @@ def head_slots(prepared: Prepared, max_length: int) -> int | None:
     return slots if slots < max_length else None
 
 
-def right_padded(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int, slots: int | None, pad_id: int) -> Sequences:
+def segment(row: Row) -> Segment:
+    """A row's tokens and loss mask."""
+    return row["tokens"], row["loss_mask"]
+
+
+def right_padded(rows: Sequence[Sequence[Segment]], length: int, slots: int | None, pad_id: int) -> Sequences:
     """Rows [B, T] of any number of segments each, padded on the right.
 
     Args:
-      rows: B lists of (tokens, loss mask), one pair per segment; none for a filler row.
+      rows: B lists of segments; empty for a filler row.
       length: T.
       slots: R of `loss_positions`; None = no such leaf.
       pad_id: the token written on padding.

@@ -13,26 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.batches import Dataset, head_slots, right_padded
+from rlhf_jax.data.batches import PaddedData, Segment, segment
 from rlhf_jax.data.encode import Row
-from rlhf_jax.data.prepare import Prepared
 from rlhf_jax.types import Labelled, Unpaired
 
 
-class FeedbackData(Dataset[Unpaired]):
+class FeedbackData(PaddedData[Unpaired]):
     """Responses said to be good or bad, [B, T], and for each row its prompt with the response of the next real row of the global batch.
 
     The last real row takes the first one's response. A global batch with one real row (batch_size = 1, or the end of an evaluation) has
     only its own: KTO's baseline is then that row's own log-ratio, where that is positive. The foreign response is cut at T.
-
-    Args:
-      max_length: T.
     """
-
-    def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
-        super().__init__(prepared, **shared)
-        self.max_length = max_length
-        self.loss_slots = head_slots(prepared, max_length)
 
     def _slice(self, packs: list[np.ndarray]) -> list[np.ndarray]:
         return packs  # the response beside a row's prompt may be another host's
@@ -41,15 +32,14 @@ class FeedbackData(Dataset[Unpaired]):
         ids = [int(pack_[0]) for pack_ in packs if len(pack_)]  # real rows come first
         index, count = self.host
         mine = range(index * len(packs) // count, (index + 1) * len(packs) // count)
-        rows = [self.prepared[ids[i]] if i < len(ids) else None for i in mine]
+        rows = self._rows([packs[i] for i in mine])
         others = [self.prepared[ids[(i + 1) % len(ids)]] if i < len(ids) else None for i in mine]
-        own = [[(row["tokens"], row["loss_mask"])] if row else [] for row in rows]
+        own = [[segment(row)] if row else [] for row in rows]
         foreign = [[self._mismatched(row, other)] if row and other else [] for row, other in zip(rows, others)]
-        seqs, kl_seqs = (right_padded(each, self.max_length, self.loss_slots, self.pad_id) for each in (own, foreign))
         desirable: Any = np.array([bool(row["desirable"]) if row else False for row in rows])
-        return Unpaired(seqs=seqs, kl_seqs=kl_seqs, desirable=desirable)
+        return Unpaired(seqs=self._padded(own), kl_seqs=self._padded(foreign), desirable=desirable)
 
-    def _mismatched(self, row: Row, other: Row) -> tuple[np.ndarray, np.ndarray]:
+    def _mismatched(self, row: Row, other: Row) -> Segment:
         """`row`'s prompt, then what `other` holds from its response on."""
         prompt, begin = row["tokens"][: row["loss_mask"].argmax()], int(other["loss_mask"].argmax())
         tokens = np.concatenate([prompt, other["tokens"][begin:]])
@@ -57,26 +47,16 @@ class FeedbackData(Dataset[Unpaired]):
         return tokens[: self.max_length], mask[: self.max_length]
 
 
-class LabelledData(Dataset[Labelled]):
-    """Responses with a score at the last token, or with a verdict of 0 or 1 at the end of each step, [B, T].
-
-    Args:
-      max_length: T.
-    """
-
-    def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
-        super().__init__(prepared, **shared)
-        self.max_length = max_length
-        self.loss_slots = head_slots(prepared, max_length)
+class LabelledData(PaddedData[Labelled]):
+    """Responses with a score at the last token, or with a verdict of 0 or 1 at the end of each step, [B, T]."""
 
     def _build(self, packs: Sequence[np.ndarray]) -> Labelled:
-        rows = [self.prepared[int(pack_[0])] if len(pack_) else None for pack_ in packs]
-        own = [[(row["tokens"], row["loss_mask"])] if row else [] for row in rows]
+        rows = self._rows(packs)
         targets: Any = np.zeros((len(rows), self.max_length), np.float32)
         weights: Any = np.zeros_like(targets)
         for i, row in enumerate(rows):
             if row:
                 at, value = (row["steps"], row["labels"]) if "steps" in row else (len(row["tokens"]) - 1, row["score"])
                 targets[i, at], weights[i, at] = value, 1.0
-        seqs = right_padded(own, self.max_length, self.loss_slots, self.pad_id)
+        seqs = self._padded([[segment(row)] if row else [] for row in rows])
         return Labelled(seqs=seqs, targets=targets, weights=weights)

@@ -10,6 +10,7 @@ A line holds the values of one step, never an average over steps: an average wou
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -32,6 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_LINE_SECONDS = 2.0  # at most one plain console line in this time
+
 
 class MetricsLog:
     """Writes a run's metrics. Process 0 writes; the others only fetch, so that all take the same decisions. A context manager."""
@@ -215,19 +217,19 @@ def _json(value: np.generic) -> str:
     return str(value) if math.isfinite(value) else json.dumps(str(value))
 
 
-class _Sink:
+class _Sink(abc.ABC):
     """Where metrics go. `emit` takes a line's values; `pass_by` those of a step that gets no line."""
 
-    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:
+    @abc.abstractmethod
+    def emit(self, step: int, values: Mapping[str, np.generic]) -> None: ...
+
+    def pass_by(self, step: int, values: Mapping[str, np.generic]) -> None:  # noqa: B027
         """Most sinks have nothing to do between lines."""
 
-    def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
-        raise NotImplementedError
-
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027
         """Nothing to do where every line is flushed at once."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Nothing to do where nothing is open."""
 
 
