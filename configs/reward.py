@@ -22,6 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective = ConfigDict(dict(name="reward", center_coef=0.0))
 
     c.model = ConfigDict(dict(
+        family="llama",  # rlhf_jax/models/families; "inherit" = init_from's architecture and sizes, whatever is written here
+        add_tokens=(),  # special tokens to add to init_from's tokenizer; their rows start as the mean of the others
         vocab_size=32_000,  # tokens, at least the tokenizer's
         hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, mlp=5632,  # 1 B parameters
         context=2048,  # tokens
@@ -29,6 +31,11 @@ def get_config(arg: str = "") -> ConfigDict:
         param_dtype="float32", compute_dtype="bfloat16",
         scan_layers=True, remat="full",
         logits_chunk=512,  # positions of a row whose logits exist at once; 0 = all
+    ))
+    c.lora = ConfigDict(dict(
+        rank=0,  # of low-rank adapters beside frozen kernels; 0 = none, the kernels themselves train
+        alpha=16.0, targets="query|key|value|output|gate|up|down", dropout=0.0, rslora=False, dora=False,
+        base="same",  # the frozen kernels: same (as param_dtype) | bfloat16 | int8 | nf4
     ))
     c.tokenizer = ConfigDict(dict(
         kind="inherit",  # byte | bpe (trained on data.train) | file | inherit (init_from's)
@@ -40,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         kind="preference",
         train="",  # JSONL file or folder
         valid="",
-        template="plain",  # chat template: a name in rlhf_jax/data/templates or a file
+        template="plain",  # chat template: a name in rlhf_jax/data/templates, a file, or inherit (init_from's)
         max_length=2048,  # tokens of a row
         prompt_length=1024,  # tokens; longer prompts are an error
         pack=False,  # several rows per sequence, attention kept apart
@@ -75,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
         patience=0,  # validations without improvement after which the run stops; 0 = never
     ))
     c.checkpoint = ConfigDict(dict(every=500, keep=2))  # batches; newest kept
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, expert=1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
     c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name
 
     if arg == "tiny":

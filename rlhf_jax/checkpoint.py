@@ -246,7 +246,7 @@ def load_params(
       abstract: tree of `ShapeDtypeStruct` with shardings to restore straight onto; None gives nested dicts of NumPy arrays.
 
     Returns:
-      (params, meta).
+      (params, meta); meta's "checkpoint" is the step's own path.
 
     Raises:
       UserError: nothing there, damaged, or not fitting `abstract`.
@@ -260,11 +260,18 @@ def load_params(
         item = EMA if EMA in manifest["items"] else PARAMS
         if abstract is not None:
             items, meta = _read(step, {item: abstract}, subject=subject)
-            return items[item], meta
+            return items[item], meta | {"checkpoint": str(step)}
         record = manifest["items"][item]
-        return mf.nest(_read_host(step / item, record) | _empties(record), mf.unescape), manifest["meta"]
+        return mf.nest(_read_host(step / item, record) | _empties(record), mf.unescape), manifest["meta"] | {"checkpoint": str(step)}
     except _DamagedError as damage:
         raise UserError(f"{subject} {step} is damaged: {damage}; name another step of that run or train it again") from damage
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Whether `path` is a run's workdir, a folder of its steps or a step."""
+    root = epath.Path(path)
+    steps = any(_has_manifest(child) for child in root.iterdir() if child.name.isdigit())
+    return steps or _has_manifest(root) or (root / CHECKPOINTS).is_dir() or (root / BEST).is_dir()
 
 
 def _has_manifest(step: epath.Path) -> bool:

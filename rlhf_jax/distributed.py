@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import PyTree
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def initialize(multihost: bool) -> None:
@@ -43,10 +43,10 @@ def host() -> tuple[int, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
-    """The mesh of axes `data`, `fsdp`, `tensor`.
+    """The mesh of axes `data`, `fsdp`, `expert`, `tensor`.
 
     Args:
-      sizes: devices along each axis; one of them may be -1, which takes what is left.
+      sizes: devices along each axis, 1 where it is not named; one of them may be -1, which takes what is left.
       devices: use this many devices only; 0 = all.
 
     Raises:
@@ -56,7 +56,7 @@ def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
     if devices > len(available):
         raise UserError(f"config.mesh.devices = {devices}, but {len(available)} are here: choose at most that, or 0 for all")
     chosen = available[:devices] if devices else available
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     said = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f"config.mesh has {said}: sizes are positive, and at most one is -1 (what is left)")

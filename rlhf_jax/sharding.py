@@ -1,7 +1,7 @@
 """Logical axes → shardings, and the one place that jits with a mesh and donation.
 
-One table says which mesh axes carry which logical axis. Parameters are sharded over `fsdp` and `tensor`, rows over `data` and `fsdp`;
-optimizer state follows its parameter. Nothing below this file knows a mesh.
+One table says which mesh axes carry which logical axis. Parameters are sharded over `fsdp`, `tensor` and (experts) `expert`, rows over `data`, `fsdp`
+and `expert`; optimizer state follows its parameter. Nothing below this file knows a mesh.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
@@ -18,13 +21,14 @@ from rlhf_jax.ops.partition import MeshAxes, axis_rules
 from rlhf_jax.types import PyTree
 
 RULES: dict[str, MeshAxes] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "expert": "expert",
 }
 
 
@@ -45,7 +49,7 @@ def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def row_devices(mesh: Mesh) -> int:
     """Over how many devices rows are split; batch sizes are multiples of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
@@ -57,11 +61,16 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
       shapes: ShapeDtypeStructs or arrays.
 
     Raises:
-      UserError: a mesh axis does not divide the dimension that it should split.
+      UserError: a mesh axis does not divide the dimension that it should split, a vocabulary apart, which is left whole then.
     """
 
     def one(path: Any, shape: Any, names: tuple[str | None, ...]) -> NamedSharding:
         spec = [None if name is None else RULES[name] for name in names]
+        for i, (size, name, axis) in enumerate(zip(shape.shape, names, spec, strict=True)):
+            if name == "vocab" and size % mesh.shape[axis]:  # a checkpoint's odd vocabulary is no mistake of the user's
+                logging.log_first_n(logging.WARNING, "the %d entries of the vocabulary are not split over the %d devices of config.mesh.%s", 1, size,
+                                    mesh.shape[axis], axis)
+                spec[i] = None
         for size, name, axis in zip(shape.shape, names, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
@@ -74,6 +83,42 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     flat_axes = jax.tree.leaves(axes, is_leaf=is_axes)
     paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     return jax.tree.unflatten(treedef, [one(path, shape, names) for (path, shape), names in zip(paths, flat_axes, strict=True)])
+
+
+def place(leaf: Any, where: NamedSharding, dtype: Any) -> jax.Array:
+    """A parameter on its shards; one that is not read yet (models.lazy) comes piece by piece, so that no more than one piece lies on the host.
+
+    Args:
+      leaf: a NumPy array or a `Lazy`.
+      where: its sharding.
+      dtype: of the result.
+    """
+    pieces = getattr(leaf, "pieces", None)
+    if pieces is None or (len(pieces) == 1 and pieces[0][0] == ()):
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: np.ascontiguousarray(whole[index]).astype(dtype, copy=False))
+    depth = len(pieces[0][0])
+    part = NamedSharding(where.mesh, PartitionSpec(*tuple(where.spec)[depth:]))
+    array = _zeros(tuple(leaf.shape), jnp.dtype(dtype), where)()
+    for at, read in pieces:  # one after the other: pieces that are read ahead would pile up on the host
+        array = jax.block_until_ready(_fill(where)(array, place(read(), part, dtype), tuple(np.int32(i) for i in at)))
+    return array
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+@functools.cache
+def _fill(where: NamedSharding) -> Any:
+    """Writes one piece into its place along the leading axes; in place, since the array is donated."""
+
+    def fill(array: jax.Array, piece: jax.Array, at: tuple[Any, ...]) -> jax.Array:
+        starts = (*at, *(0,) * piece.ndim)
+        return jax.lax.dynamic_update_slice(array, piece.reshape((1,) * len(at) + piece.shape), starts)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=where)
 
 
 def jit(fn: Callable[..., Any], mesh: Mesh, *, out_shardings: Any = None, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()

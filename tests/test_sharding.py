@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, objectives, sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import NetworkSpec, transformer
+from rlhf_jax.models import NetworkSpec, layers, transformer
 from rlhf_jax.ops import partition
 from rlhf_jax.train import optimizer
 from rlhf_jax.train.assemble import Start
@@ -143,7 +143,7 @@ def test_rows_are_split_over_data_and_fsdp_and_activations_stay_so():
     on = mesh("all")
     assert sharding.row_devices(on) == 4 and held(jax.device_put(jnp.zeros((8, 3)), sharding.row_sharding(on))) == (2, 3)
     assert held(jax.device_put(jnp.zeros((8, 3)), sharding.replicated(on))) == (8, 3)
-    pinned = sharding.jit(lambda x: transformer.pin(x * 2), on)(jnp.zeros((8, 3, 4)))
+    pinned = sharding.jit(lambda x: layers.pin(x * 2), on)(jnp.zeros((8, 3, 4)))
     assert held(pinned) == (2, 3, 4)
     assert partition.constrain(jnp.zeros((3, 4)), ("batch", None)).shape == (3, 4)  # without axis rules a no-op
     with pytest.raises(AssertionError):

@@ -89,14 +89,14 @@ def _policy(source: Any) -> dict[str, Any]:
     if options.max_new_tokens >= policy.config.context:
         raise UserError(f"--max_new_tokens = {options.max_new_tokens} leaves no room for a prompt in a context of {policy.config.context}")
     baseline = Policy(load_source(options.baseline, "--baseline"), "--baseline") if options.baseline else policy
-    if baseline.source.tokenizer.digest != source.tokenizer.digest:
+    if baseline.source.reader("--baseline").digest != source.reader("--checkpoint").digest:
         raise UserError(f"--baseline = {options.baseline!r} reads another tokenizer than --checkpoint: seq_kl would compare different tokens")
     one_each, several = (
         data.open_dataset(
-            "prompt", options.data, source.tokenizer, template=source.template, max_length=policy.config.context,
+            "prompt", options.data, source.reader("--checkpoint"), template=source.layout("--checkpoint"), max_length=policy.config.context,
             prompt_length=policy.config.context - options.max_new_tokens, batch_size=max(options.batch_size // group, 1) * group,
             group_size=group, cache=default_cache(),
-        )
+        ).trimmed()
         for group in (1, options.samples)
     )
     worth = _gold(options.gold) if options.gold else _judge(options.judge)
@@ -128,7 +128,7 @@ def _judge(path: str) -> Callable[[str, str], float]:
     from rlhf_jax.saved import load_source
 
     model = RewardModel(load_source(path, "--judge"), "--judge")
-    encoder = Encoder(model.source.tokenizer, model.source.chat_template(), max_length=model.config.context, prompt_length=None,
+    encoder = Encoder(model.source.reader("--judge"), model.source.layout("--judge"), max_length=model.config.context, prompt_length=None,
                       overlong="truncate")
     score = RetokenisedReward(encoder, model.row_scores, bucket=32)
     return lambda prompt, response: float(score([[{"role": "user", "content": prompt}]], [response], [True])[0])
@@ -144,8 +144,10 @@ def _reward_model(source: Any) -> dict[str, Any]:
     from rlhf_jax.eval.models import RewardModel
 
     model = RewardModel(source, "--checkpoint")
-    pairs = data.open_dataset("preference", flags.FLAGS.data, source.tokenizer, template=source.template, max_length=model.config.context,
-                              overlong="truncate", batch_size=flags.FLAGS.batch_size, cache=default_cache())
+    pairs = data.open_dataset(
+        "preference", flags.FLAGS.data, source.reader("--checkpoint"), template=source.layout("--checkpoint"), max_length=model.config.context,
+        overlong="truncate", batch_size=flags.FLAGS.batch_size, cache=default_cache(),
+    ).trimmed()
     scores, lengths = [], []
     for batch in pairs.eval_batches():
         scores.append(model.scores(batch)[batch.real])

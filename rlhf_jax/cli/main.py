@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "train": "train any objective: SFT, reward model, DPO, PPO, GRPO …, or resume a run",
     "sample": "complete prompts with a trained policy",
+    "chat": "talk with a policy in a terminal",
+    "score": "log-probs of every token under a policy, or a reward model's scores, for rows of a file",
+    "convert": "a Hugging Face directory to a checkpoint of ours and back",
     "objectives": "list the objectives, or show one with its equation and hyper-parameters",
     "eval": "evaluate a trained policy or reward model on held-out data",
 }

@@ -66,18 +66,19 @@ def main() -> int:
         if options.prompt:
             path = str(pathlib.Path(folder) / "prompt.jsonl")
             pathlib.Path(path).write_text(json.dumps({"prompt": options.prompt}) + "\n", encoding="utf-8")
-        source = policy.source
+        source, key = policy.source, "--checkpoint"
+        tokenizer = source.reader(key)
         prompts: Any = data.open_dataset(
-            "prompt", path, source.tokenizer, template=source.template, max_length=policy.config.context, prompt_length=slots,
+            "prompt", path, tokenizer, template=source.layout(key), max_length=policy.config.context, prompt_length=slots,
             batch_size=max(options.batch_size // options.n, 1) * options.n, group_size=options.n, cache=folder,
-        )
+        ).trimmed()
         rows: list[dict[str, Any]] = []
         for batch in prompts.eval_batches():
             rolled = policy.generate(
                 batch, seed=options.seed, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p,
             )
-            for at, text in enumerate(responses(rolled, source.tokenizer)):
+            for at, text in enumerate(responses(rolled, tokenizer)):
                 if batch.real[at]:
                     prompt_id = int(batch.prompt_ids[at])
                     rows.append({"prompt": list(prompts.messages(prompt_id)), "response": text, "prompt_id": prompt_id,

@@ -31,7 +31,7 @@ def open_dataset(
     path: Paths,
     tokenizer: Tokenizer,
     *,
-    template: str = "plain",
+    template: str | ChatTemplate = "plain",
     max_length: int,
     prompt_length: int | None = None,
     pack: bool = False,
@@ -47,7 +47,7 @@ def open_dataset(
       kind: one of `records.KINDS`: demo, text, preference, ranking, feedback, rating, stepwise or prompt.
       path: a .jsonl file, a folder of them, or a list of either.
       tokenizer: makes the ids; its `pad_id` is written on padding.
-      template: a shipped chat template's name or a file; not read for text.
+      template: a chat template, a shipped one's name or a file; not read for text.
       max_length: T, tokens of a row; not read for prompts.
       prompt_length: P, tokens of a prompt; for prompts only.
       pack: put several demonstrations or texts into one row.
@@ -67,11 +67,9 @@ def open_dataset(
     if pack and kind not in ("demo", "text"):
         raise UserError(f"config.data.pack expected False for {kind} rows, which are not packed, got True; set it to False")
     check_batching(batch_size, host, group_size if kind == "prompt" else 1)
-    layout = None
+    layout: ChatTemplate | None = None
     if kind != "text":
-        layout = ChatTemplate.load(
-            template, variables={"bos_token": tokenizer.bos, "eos_token": tokenizer.end, "pad_token": tokenizer.pad}
-        )
+        layout = template if isinstance(template, ChatTemplate) else ChatTemplate.load(template, variables=tokenizer.variables)
     shared: dict[str, Any] = {"batch_size": batch_size, "host": host, "pad_id": tokenizer.pad_id}
     options: dict[str, Any] = {"max_length": max_length, "prompt_length": prompt_length, "overlong": overlong}
     prepared = preparation.prepare(kind, path, tokenizer, layout, **options, cache=cache)

@@ -9,10 +9,11 @@ A packed epoch holds as many packs as its plan needs, so finding batch s once co
 from __future__ import annotations
 
 import abc
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from rlhf_jax.types import Comparisons, Prompts, Sequences
 
 Batch = TypeVar("Batch")
 _EPOCHS_KEPT = 4
+_SHORTEST = 16  # tokens; of rows that are trimmed
 EMPTY = np.zeros(0, np.int64)  # the pack of a filler row
-Segment = tuple[np.ndarray, np.ndarray]  # tokens and loss mask, [length] both
+Segment = tuple[np.ndarray, ...]  # tokens, loss mask and, where they are cached, the reference's log-probs, [length] each
 
 
 def check_batching(batch_size: int, host: tuple[int, int] = (0, 1), group_size: int = 1) -> None:
@@ -85,6 +87,18 @@ class Dataset(abc.ABC, Generic[Batch]):
         for begin in range(0, len(packs), self._slots):
             chosen = list(packs[begin : begin + self._slots])
             yield self._build(self._slice(chosen + [EMPTY] * (self._slots - len(chosen))))
+
+    def trimmed(self) -> Self:
+        """The same rows for one evaluation, in arrays that hold little else: as long as the longest row, rounded up to a power of two, and no more
+        rows to a batch than there are. (A model from elsewhere reads thousands of tokens, and one prompt would be padded to them all.)"""
+        found, length = copy.copy(self), _SHORTEST
+        while length < int(self.prepared.lengths.max()):
+            length *= 2
+        found._trim(length)
+        return found
+
+    def _trim(self, length: int) -> None:
+        raise NotImplementedError(f"{type(self).__name__} is trained on, at the run's shapes")
 
     def batches_for(self, epochs: float, seed: int) -> int:
         """How many batches `epochs` epochs take, rounded up."""
@@ -156,7 +170,7 @@ class PaddedData(Dataset[Batch]):
         return [self.prepared[int(pack_[0])] if len(pack_) else None for pack_ in packs]
 
     def _padded(self, rows: Sequence[Sequence[Segment]]) -> Sequences:
-        return right_padded(rows, self.max_length, self.loss_slots, self.pad_id)
+        return right_padded(rows, self.max_length, self.loss_slots, self.pad_id, referenced=self.prepared.ref_logps is not None)
 
 
 class SequenceData(PaddedData[Sequences]):
@@ -213,6 +227,11 @@ class ComparisonData(PaddedData[Comparisons]):
         super().__init__(prepared, **shared)
         self.branches, self.has_margins = prepared.lengths.shape[1], prepared.stats["margins"] > 0
 
+    def _trim(self, length: int) -> None:
+        self.max_length = min(length, self.max_length)
+        self.loss_slots = head_slots(self.prepared, self.max_length)
+        self.batch_size = min(self.batch_size, len(self))
+
     def _build(self, packs: Sequence[np.ndarray]) -> Comparisons:
         rows = self._rows(packs)
         flat: list[list[Segment]] = []
@@ -243,6 +262,10 @@ class PromptData(Dataset[Prompts]):
         super().__init__(prepared, **shared)
         check_batching(self.batch_size, self.host, group_size)
         self.prompt_length, self.group_size = prompt_length, group_size
+
+    def _trim(self, length: int) -> None:
+        self.prompt_length = min(length, self.prompt_length)
+        self.batch_size = min(self.batch_size, len(self) * self.group_size)
 
     def messages(self, prompt_id: int) -> tuple[Message, ...]:
         """The conversation behind a prompt id."""
@@ -290,11 +313,11 @@ def head_slots(prepared: Prepared, max_length: int) -> int | None:
 
 
 def segment(row: Row) -> Segment:
-    """A row's tokens and loss mask."""
-    return row["tokens"], row["loss_mask"]
+    """A row's tokens and loss mask, and its reference's log-probs if it has them."""
+    return row["tokens"], row["loss_mask"], *([row["ref_logps"]] if "ref_logps" in row else [])
 
 
-def right_padded(rows: Sequence[Sequence[Segment]], length: int, slots: int | None, pad_id: int) -> Sequences:
+def right_padded(rows: Sequence[Sequence[Segment]], length: int, slots: int | None, pad_id: int, referenced: bool = False) -> Sequences:
     """Rows [B, T] of any number of segments each, padded on the right.
 
     Args:
@@ -302,23 +325,26 @@ def right_padded(rows: Sequence[Sequence[Segment]], length: int, slots: int | No
       length: T.
       slots: R of `loss_positions`; None = no such leaf.
       pad_id: the token written on padding.
+      referenced: whether the segments come with the reference's log-probs.
     """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     positions, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length), bool)
+    mask, ref_logps = np.zeros((len(rows), length), bool), np.zeros((len(rows), length), np.float32)
     heads = None if slots is None else np.zeros((len(rows), slots), np.int32)
     for i, row in enumerate(rows):
         at = 0
-        for number, (row_tokens, row_mask) in enumerate(row, start=1):
+        for number, (row_tokens, row_mask, *cached) in enumerate(row, start=1):
             here = slice(at, at + len(row_tokens))
             tokens[i, here], mask[i, here], segments[i, here] = row_tokens, row_mask, number
+            if referenced:
+                ref_logps[i, here] = cached[0]
             positions[i, here] = np.arange(len(row_tokens))
             at = here.stop
         if heads is not None and at:
             visited = np.flatnonzero(mask[i] | (np.arange(length) == at - 1))  # the last token is where a reward model reads
             heads[i, : len(visited)] = visited
     leaves: dict[str, Any] = dict(tokens=tokens, positions=positions, segment_ids=segments, loss_mask=mask, loss_positions=heads)
-    return Sequences(**leaves)
+    return Sequences(**leaves, ref_logps=ref_logps if referenced else None)  # type: ignore[arg-type]
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,8 +4,9 @@ A template runs in a process of its own (`template_worker.py`): jinja2's immutab
 loops, so the worker has a memory limit and the caller a clock. `{% generation %}…{% endgeneration %}` marks the assistant's text,
 through marks around the block that are removed after rendering, so it works inside macros and captured blocks as well.
 A template without the block falls back to prefix differences: what a message adds to the conversation before it, without the header
-that `add_generation_prompt` writes.
-Deviation: the usual tooling gives an all-zero mask there (huggingface/transformers `return_assistant_tokens_mask`).
+that `add_generation_prompt` writes and without what follows the end token (a line break; Phi-3's end of document).
+Deviation: the usual tooling gives an all-zero mask there (huggingface/transformers `return_assistant_tokens_mask`), and its clock
+(`strftime_now`) is the real one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rlhf_jax.data import template_worker
 from rlhf_jax.data.records import Message
@@ -39,16 +41,18 @@ class ChatTemplate:
     Args:
       source: the jinja text.
       name: how messages call it.
-      variables: what the template may read besides messages, e.g. {"bos_token": "<|bos|>"}.
+      variables: what the template may read besides messages and tools, e.g. {"bos_token": "<|bos|>", "enable_thinking": False}; JSON
+        values, and one that is None stays undefined.
     """
 
-    def __init__(self, source: str, *, name: str = "template", variables: Mapping[str, str] | None = None) -> None:
-        self.source, self.name, self.variables = source, name, dict(variables or {})
+    def __init__(self, source: str, *, name: str = "template", variables: Mapping[str, Any] | None = None) -> None:
+        self.source, self.name, self.shipped = source, name, False
+        self.variables = {key: value for key, value in (variables or {}).items() if value is not None}
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, name: str, *, variables: Mapping[str, str] | None = None) -> ChatTemplate:
+    def load(cls, name: str, *, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
         """A shipped template by name, or any by file path.
 
         Raises:
@@ -57,7 +61,9 @@ class ChatTemplate:
         folder = importlib.resources.files("rlhf_jax.data") / "templates"
         shipped = {item.name.removesuffix(".jinja"): item for item in folder.iterdir() if item.name.endswith(".jinja")}
         if name in shipped:
-            return cls(shipped[name].read_text(encoding="utf-8"), name=name, variables=variables)
+            template = cls(shipped[name].read_text(encoding="utf-8"), name=name, variables=variables)
+            template.shipped = True
+            return template
         if not os.path.isfile(name):
             raise UserError(f"{_KEY} expected a shipped template or a file, got {name!r}{nearest(name, shipped)}; check the name")
         try:
@@ -71,25 +77,47 @@ class ChatTemplate:
         """Hex digest of all that decides what is rendered."""
         return hashlib.sha256(json.dumps([self.source, sorted(self.variables.items())]).encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def text(self, messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The conversation as text.
+
+        Args:
+          messages, add_generation_prompt, tools: see `render`.
+
+        Raises:
+          UserError: the template is no jinja, refuses the conversation, or exceeds its limits.
+        """
+        return self._marked(messages, add_generation_prompt, tools)[0]
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = (), context: int = 0,
+        end: str | None = None,
+    ) -> tuple[str, list[Span]]:
         """The conversation as text, and the character spans [start, end) of what the assistant says, in order.
 
         Args:
           messages: the turns.
           add_generation_prompt: end with the header after which the assistant speaks.
+          tools: JSON schemas of the functions that the assistant may call.
+          context: the first messages need no spans: a template without the block may rewrite them.
+          end: the end token, if known: what stands behind it is not said. No message may contain it.
 
         Raises:
           UserError: the template is no jinja, refuses the conversation, exceeds its limits, or its spans cannot be told.
         """
-        text, spans = self._marked(messages, add_generation_prompt)
+        text, spans = self._marked(messages, add_generation_prompt, tools)
         if self._worker is not None and self._worker.marks_assistant:
-            return text, spans
-        return text, [self._difference(messages, i, text) for i, message in enumerate(messages) if message["role"] == "assistant"]
+            return text, [self._without_layout(text, span, end) for span in spans]
+        said = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
+        return text, [self._difference(messages, i, text, tools, end) for i in said]
 
-    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
-        opening, closing = unused_characters([self.source, *(message["content"] for message in messages)], 2)
-        variables = dict(self.variables, messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt)
-        text = self._ask(dict(variables, **{template_worker.OPEN: opening, template_worker.CLOSE: closing}))
+    def _marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[str, list[Span]]:
+        opening, closing = unused_characters([self.source, *strings([*messages, *tools])], 2)
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables: dict[str, Any] = {"tools": list(tools) or None, "documents": None, **self.variables}
+        variables |= {"messages": given, "add_generation_prompt": add_generation_prompt}
+        text = self._ask(variables | {template_worker.OPEN: opening, template_worker.CLOSE: closing})
         clean, spans, length, start = [], [], 0, None
         for piece in re.split(f"([{opening}{closing}])", text):
             if piece == opening:
@@ -103,21 +131,30 @@ class ChatTemplate:
                 length += len(piece)
         return "".join(clean), spans
 
-    def _difference(self, messages: Sequence[Message], index: int, text: str) -> Span:
-        before = self._marked(messages[:index], True)[0]
-        after = self._marked(messages[: index + 1], False)[0]
-        if not (after.startswith(before) and text.startswith(after)):
+    @staticmethod
+    def _without_layout(text: str, span: Span, end: str | None) -> Span:
+        """A marked span; a block may close behind the line break after the end token."""
+        said = text[span[0] : span[1]].rstrip()
+        return (span[0], span[0] + len(said)) if end and said.endswith(end) else span
+
+    def _difference(self, messages: Sequence[Message], index: int, text: str, tools: Sequence[Mapping[str, Any]], end: str | None) -> Span:
+        before = self._marked(messages[:index], True, tools)[0]
+        after = self._marked(messages[: index + 1], False, tools)[0]
+        start, stop = len(before), len(after)
+        if end is not None and (found := after.find(end, start)) >= 0:
+            stop = found + len(end)
+        else:
+            content = (messages[index].get("content") or "").strip()
+            behind = after.find(content, start) + len(content) if content in after[start:] else start
+            tail = after[behind:]
+            if tail.strip():  # white space behind the end token is layout, not speech
+                stop -= len(tail) - len(tail.rstrip())
+        if not (after.startswith(before) and text.startswith(after[:stop])):
             raise UserError(
                 f"{_KEY} expected a template whose every turn only adds text, got {self.name!r}, which rewrites turn {index}; "
                 "put {% generation %}…{% endgeneration %} around what the assistant says"
             )
-        start, end = len(before), len(after)
-        content = messages[index]["content"].strip()
-        behind = after.find(content, start) + len(content) if content in after[start:] else start
-        tail = after[behind:end]
-        if tail.strip():  # white space behind the end token is layout, not speech
-            end -= len(tail) - len(tail.rstrip())
-        return start, end
+        return start, stop
 
     def _ask(self, variables: Mapping[str, object]) -> str:
         with self._lock:
@@ -128,6 +165,38 @@ class ChatTemplate:
             except _Refused as error:
                 got = f"{self.name!r}: {error}"
                 raise UserError(f"{_KEY} expected a template that renders the conversation, got {got}; correct it") from None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in messages or tools, at any depth; keys are none.
+
+    Args:
+      value: JSON.
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+def rewritten(value: Any, texts: Iterator[str]) -> Any:
+    """`value` with each text that `strings` found replaced by the next of `texts`.
+
+    Args:
+      value: JSON.
+      texts: as many as `strings(value)` yields.
+    """
+    if isinstance(value, str):
+        return next(texts)
+    if isinstance(value, Mapping):
+        return {key: rewritten(item, texts) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rewritten(item, texts) for item in value]
+    return value
 
 
 class _Refused(Exception):

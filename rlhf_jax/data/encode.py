@@ -6,6 +6,7 @@ policy: a prompt longer than the context or a row without loss tokens stops with
 error, cut, or left out, by `config.data.overlong`, counted in `Stats`.
 The steps of an answer are joined by a line break; a step's verdict sits on the token that holds its last character, and the last step's on
 the row's last token, where every reward model's score is read. A step that a cut leaves incomplete loses its verdict.
+A shipped template whose control tokens the tokenizer lacks, or any whose end token it lacks, would be split into bytes in silence: refused.
 Deviation: a long document is cut into chunks that overlap by one token, so that every token but the first is trained exactly once.
 """
 
@@ -13,19 +14,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.records import Demo, Feedback, Message, Messages, Preference, Prompt, Ranking, Rating, Record, Stepwise, Text, where
+from rlhf_jax.data.chat import ChatTemplate, rewritten, strings
+from rlhf_jax.data.records import (
+    Demo,
+    Feedback,
+    Message,
+    Messages,
+    Preference,
+    Prompt,
+    Ranking,
+    Rating,
+    Record,
+    Stepwise,
+    Text,
+    Tools,
+    where,
+)
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, nearest
 
 OVERLONG = ("error", "truncate", "skip")
 SEPARATOR = "\n"  # between the steps of an answer
+_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")  # how most models spell control tokens
 Row = dict[str, Any]  # one row of the prepared set: arrays, text as str
 
 
@@ -74,6 +91,7 @@ class Encoder:
                 raise UserError(f"config.data.{key} expected a whole number of tokens, at least {least}, got {value!r}; raise it")
         self.tokenizer, self.template, self.stats = tokenizer, template, Stats()
         self.max_length, self.prompt_length, self.overlong = max_length, prompt_length, overlong
+        self._header = ""  # what the template writes before an answer and marks as said
         if template is not None:
             self._check_template(template)
 
@@ -88,18 +106,18 @@ class Encoder:
             self.stats.kept += 1
             yield row | {"source": record.source, "line": record.line}
 
-    def conversation(self, messages: Messages, context: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def conversation(self, messages: Messages, context: int = 0, tools: Tools = ()) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n] int32 and loss mask [n] bool of a conversation; the first `context` messages are not trained on."""
-        tokens, mask, _, _ = self._laid_out(messages, context)
+        tokens, mask, _, _ = self._laid_out(messages, context, tools)
         return tokens, mask
 
-    def _laid_out(self, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    def _laid_out(self, messages: Messages, context: int, tools: Tools = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """`conversation`, and where each token comes from: offsets [n, 2] in the text."""
-        hidden, stand = self._shielded(messages)
-        text, spans = self._template.render(hidden)
+        hidden, schemas, stand = self._shielded(messages, tools)
+        text, spans = self._template.render(hidden, tools=schemas, context=context, end=self.tokenizer.end)
         begin = 0
         if context:
-            prompt, _ = self._template.render(hidden[:context], add_generation_prompt=True)
+            prompt = self._template.text(hidden[:context], add_generation_prompt=True, tools=schemas)
             begin = len(prompt)
             if not text.startswith(prompt):
                 raise UserError(
@@ -110,14 +128,15 @@ class Encoder:
         tokens, offsets = self.tokenizer.encode(text, literal=literal)
         mask = np.zeros(len(tokens), bool)
         for start, end in spans:
+            start += len(self._header) if text.startswith(self._header, start) else 0
             mask |= (offsets[:, 0] < end) & (offsets[:, 1] > max(start, begin))
         mask[:1] = False
         return tokens, mask, offsets, text
 
-    def prompt(self, messages: Messages) -> np.ndarray:
+    def prompt(self, messages: Messages, tools: Tools = ()) -> np.ndarray:
         """Tokens [n] int32 of a conversation up to where the assistant speaks, its header included."""
-        hidden, stand = self._shielded(messages)
-        text, literal = self.tokenizer.unshield(self._template.render(hidden, add_generation_prompt=True)[0], stand)
+        hidden, schemas, stand = self._shielded(messages, tools)
+        text, literal = self.tokenizer.unshield(self._template.text(hidden, add_generation_prompt=True, tools=schemas), stand)
         return self.tokenizer.encode(text, literal=literal)[0]
 
     @property
@@ -126,13 +145,30 @@ class Encoder:
             raise UserError("config.data.template expected a template for conversations, got none; name one, for example 'plain'")
         return self.template
 
-    def _shielded(self, messages: Messages):
-        contents, stand = self.tokenizer.shield([message["content"] for message in messages])
-        return tuple(Message(role=message["role"], content=content) for message, content in zip(messages, contents)), stand
+    def _shielded(self, messages: Messages, tools: Tools):
+        """Messages and tools without control strings in any of their texts; roles are the template's own words."""
+        said = [{key: value for key, value in message.items() if key != "role"} for message in messages]
+        texts, stand = self.tokenizer.shield(list(strings([*said, *tools])))
+        hidden = rewritten([*said, *tools], iter(texts))
+        shown = [{"role": message["role"], **rest} for message, rest in zip(messages, hidden)]
+        return shown, hidden[len(messages) :], stand
 
     def _check_template(self, template: ChatTemplate) -> None:
-        turns = (Message(role="user", content="question"), Message(role="assistant", content="answer"))
-        tokens, mask = self.conversation(turns, context=1)
+        question, answer = (Message(role="user", content="question"), Message(role="assistant", content="answer"))
+        text, spans = template.render((question, answer), end=self.tokenizer.end)
+        # A foreign template may mean its headers as plain text (Zephyr), but an end that the model cannot say in one token is none.
+        behind = _CONTROL.match(text.rpartition("answer")[2].lstrip())
+        written = _CONTROL.findall(text) if template.shipped else [behind.group()] if behind else []
+        if unknown := next((control for control in written if control not in self.tokenizer.added), None):
+            raise UserError(
+                f"config.data.template = {template.name!r} writes {unknown!r}, which is no token of the tokenizer and would be split into "
+                "pieces; use the model's own template or 'roles', which needs no control tokens, or add it with config.model.add_tokens"
+            )
+        asked, opened = (template.text((question,), add_generation_prompt=prompted) for prompted in (False, True))
+        header = opened.removeprefix(asked) if opened.startswith(asked) else ""
+        if spans and header and text.startswith(header, spans[-1][0]):
+            self._header = header
+        tokens, mask = self.conversation((question, answer), context=1)
         if not mask.any() or tokens[mask][-1] != self.tokenizer.end_id:
             raise UserError(
                 f"config.data.template expected every answer to end with {self.tokenizer.end} inside what the assistant says, got "
@@ -146,7 +182,7 @@ class Encoder:
     def _checked(self, record: Record, messages: Messages, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """`_laid_out`, with the row's place in every complaint."""
         try:
-            tokens, mask, offsets, text = self._laid_out(messages, context)
+            tokens, mask, offsets, text = self._laid_out(messages, context, _tools(record))
         except UserError as error:
             raise UserError(f"{where(record)} {error}") from None
         if not mask.any():
@@ -262,7 +298,7 @@ class Encoder:
 
     def _prompt(self, record: Prompt) -> Iterator[Row]:
         try:
-            tokens = self.prompt(record.messages)
+            tokens = self.prompt(record.messages, record.tools)
         except UserError as error:
             raise UserError(f"{where(record)} {error}") from None
         if self.prompt_length is not None and len(tokens) > self.prompt_length:
@@ -276,9 +312,14 @@ class Encoder:
 
     def _text(self, record: Text) -> Iterator[Row]:
         ids, _ = self.tokenizer.encode(record.text, control=False)
-        tokens = np.concatenate([[self.tokenizer.bos_id], ids, [self.tokenizer.end_id]]).astype(np.int32)
+        first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        tokens = np.concatenate([first, ids, [self.tokenizer.eos_id]]).astype(np.int32)
         for start in range(0, len(tokens) - 1, self.max_length - 1):
             chunk = tokens[start : start + self.max_length]
             mask = np.arange(len(chunk)) > 0
             self._count(chunk, mask)
             yield {"tokens": chunk, "loss_mask": mask}
+
+
+def _tools(record: Record) -> Tools:
+    return () if isinstance(record, Text) else record.tools

@@ -17,7 +17,7 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from rlhf_jax.data.readers import Paths, data_files, read_records
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
-VERSION = 1  # raise it when the same input gives other rows
+VERSION = 2  # raise it when the same input gives other rows
 SPLIT = "train"
 _IN_MEMORY = 1 << 23  # tokens; a smaller set is decoded once and kept
 PAIR = ("chosen", "rejected")
@@ -81,10 +81,12 @@ class Prepared:
       lengths: [N, K] int32, tokens of each branch: K = 2 for pairs, the most responses of any row for rankings, 0 where a row has fewer.
       head_lengths: [N, K] int32, positions that a head must visit: loss tokens and the last token; zero for prompts.
       stats: what became of the files' rows, see `encode.Stats`.
+      ref_logps: gives a row's reference log-probs, its branches behind each other, if they are cached (`references`).
     """
 
     def __init__(self, folder: str, kind: str) -> None:
         self.folder, self.kind = folder, kind
+        self.ref_logps: Callable[[int], np.ndarray] | None = None
         self.digest = os.path.basename(folder).rpartition("-")[2]  # of files, tokenizer, template and options
         with open(os.path.join(folder, "stats.json"), encoding="utf-8") as stream:
             self.stats: dict[str, Any] = json.load(stream)
@@ -99,6 +101,12 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def refer(self, ref_logps: Callable[[int], np.ndarray]) -> None:
+        """Has rows come with `ref_logps`, the log-probs that this gives for their number."""
+        self.ref_logps = ref_logps
+        if self._kept:
+            self._kept.clear()
+
     def __getitem__(self, index: int) -> Row:
         """Row `index`, 0 ≤ index < N, as the encoder made it.
 
@@ -111,24 +119,31 @@ class Prepared:
             if self._kept is not None and index in self._kept:
                 return self._kept[index]
             row = {k: v.decode() if isinstance(v, bytes) else v for k, v in self._source[int(index)].items()}
+            if self.ref_logps is not None:
+                row["ref_logps"] = self.ref_logps(index)
             if self._kept is not None:
                 self._kept[index] = row
             return row
 
 
-def branches(row: Row) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, loss mask) of a row's responses, best first; one where it does not compare any, and a prompt's mask is empty.
+def branches(row: Row) -> list[tuple[np.ndarray, ...]]:
+    """(tokens, loss mask) of a row's responses, best first; one where it does not compare any, and a prompt's mask is empty. A third array holds
+    the reference's log-probs where they are cached.
 
     Args:
       row: of any kind, as the encoder made it.
     """
     if "tokens" not in row:
-        return [(row[f"{name}_tokens"], row[f"{name}_mask"]) for name in PAIR]
-    mask = row.get("loss_mask", np.zeros(0, bool))
-    if "sizes" not in row:
-        return [(row["tokens"], mask)]
-    ends = np.cumsum(row["sizes"])[:-1]
-    return list(zip(np.split(row["tokens"], ends), np.split(mask, ends)))
+        found = [(row[f"{name}_tokens"], row[f"{name}_mask"]) for name in PAIR]
+    elif "sizes" in row:
+        ends = np.cumsum(row["sizes"])[:-1]
+        found = list(zip(np.split(row["tokens"], ends), np.split(row["loss_mask"], ends)))
+    else:
+        found = [(row["tokens"], row.get("loss_mask", np.zeros(0, bool)))]
+    if "ref_logps" not in row:
+        return list(found)
+    cached = np.split(row["ref_logps"], np.cumsum([len(tokens) for tokens, _ in found])[:-1])
+    return [(*branch, logps) for branch, logps in zip(found, cached)]
 
 
 def _build(folder: str, kind: str, files: list[str], encoder: Encoder, identity: dict[str, Any]) -> None:

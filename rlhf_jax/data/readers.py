@@ -6,6 +6,8 @@ ranking: `prompt` + `responses`, best first, or `prompt` + `completions` + `scor
 feedback: `label` (true: good), rating: `score` (a number); each with `prompt` + `completion` | `prompt` + `response` | `messages`, whose last
 message is what is judged. stepwise: `prompt` + `completions` (the steps of one answer) + `labels` (true or false, one per step).
 prompt: `prompt` | `messages`, with `reference` (an object), else the row's other fields, kept for verifiers. text: `text`.
+A message has `role` and `content`, and may have `name`, `tool_call_id`, `tool_calls` and `reasoning_content`; any row of messages may
+have `tools`, a list of JSON schemas.
 No row is dropped: a malformed one stops the reading with `file:line field expected …, got …; remedy`. Blank lines are no rows;
 a byte-order mark and CRLF are accepted.
 """
@@ -32,6 +34,7 @@ from rlhf_jax.data.records import (
     Record,
     Stepwise,
     Text,
+    Tools,
 )
 from rlhf_jax.errors import UserError, nearest
 
@@ -84,20 +87,20 @@ def read_records(kind: str, path: Paths) -> Iterator[Record]:
     """
     if kind not in KINDS:
         raise UserError(f"config.data.kind expected a kind of record, got {kind!r}{nearest(kind, KINDS)}")
-    parsers: Mapping[str, Callable[[_Row], Record]] = {
+    parsers: Mapping[str, Callable[[JsonRow], Record]] = {
         "demo": _demo, "text": _text, "preference": _preference, "ranking": _ranking, "feedback": _feedback, "rating": _rating,
         "stepwise": _stepwise, "prompt": _prompt,
     }
     for file in data_files(path):
         empty = True
-        for row in _rows(file):
+        for row in json_rows(file):
             empty = False
             yield parsers[kind](row)
         if empty:
             raise UserError(f"{file}:1 row expected a JSON object, got an empty file; write one {kind} per line")
 
 
-class _Row:
+class JsonRow:
     """A JSON object with its place, and the one way to complain about it."""
 
     def __init__(self, fields: dict[str, Any], source: str, line: int) -> None:
@@ -140,7 +143,24 @@ class _Row:
         role = item.get("role")
         if role not in ROLES:
             raise self.bad(f"{field}.role", f"one of {', '.join(ROLES)}", role, "rename the role")
-        return Message(role=role, content=self.checked(f"{field}.content", item.get("content")))
+        calls = self.objects(f"{field}.tool_calls", item.get("tool_calls"))
+        content = "" if calls and item.get("content") is None else self.checked(f"{field}.content", item.get("content"))
+        message = Message(role=role, content=content)
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if item.get(name) is not None:
+                message[name] = self.checked(f"{field}.{name}", item[name])  # type: ignore[literal-required]
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def objects(self, field: str, value: Any) -> list[dict[str, Any]]:
+        """`value` as a list of objects; nothing there is an empty one."""
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.bad(field, "a list of objects", value, "write each call or schema as an object")
+        self.checked(field, json.dumps(value, ensure_ascii=False))
+        return value
 
     def turns(self, field: str, role: str) -> Messages:
         """A field that holds messages, or a string said by `role`."""
@@ -177,6 +197,10 @@ class _Row:
     def place(self) -> dict[str, Any]:
         return {"source": self.source, "line": self.line}
 
+    @property
+    def tools(self) -> Tools:
+        return tuple(self.objects("tools", self.fields.get("tools")))
+
 
 class _Literal(str):
     """Text shown as it stands in a message."""
@@ -191,11 +215,19 @@ def _show(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _rows(file: str) -> Iterator[_Row]:
+def json_rows(file: str) -> Iterator[JsonRow]:
+    """The objects of a .jsonl file, in order.
+
+    Args:
+      file: its path.
+
+    Raises:
+      UserError: a line is no UTF-8 or no JSON object.
+    """
     with open(file, "rb") as stream:
         for line, raw in enumerate(stream, start=1):
             raw = raw.removeprefix(_BOM) if line == 1 else raw
-            blank = _Row({}, file, line)
+            blank = JsonRow({}, file, line)
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -210,10 +242,10 @@ def _rows(file: str) -> Iterator[_Row]:
                 raise blank.bad("row", "valid JSON", got, "write one JSON object per line") from None
             if not isinstance(fields, dict):
                 raise blank.bad("row", "a JSON object", fields, "write one JSON object per line")
-            yield _Row(fields, file, line)
+            yield JsonRow(fields, file, line)
 
 
-def _demo(row: _Row) -> Demo:
+def _demo(row: JsonRow) -> Demo:
     prompt: Messages = ()
     if row.has("messages"):
         messages = row.messages("messages")
@@ -231,15 +263,15 @@ def _demo(row: _Row) -> Demo:
     if not any(message["role"] == "assistant" for message in messages[len(prompt) :]):
         field = "messages" if row.has("messages") else "completion"
         raise row.bad(field, "an assistant message to learn from", _Literal("none"), "add the answer or remove the row")
-    return Demo(messages=messages, context=len(prompt), **row.place)
+    return Demo(messages=messages, context=len(prompt), tools=row.tools, **row.place)
 
 
-def _prompted(row: _Row, field: str) -> tuple[Messages, Messages]:
+def _prompted(row: JsonRow, field: str) -> tuple[Messages, Messages]:
     prompt = row.turns("prompt", "user")
     return prompt, prompt + row.turns(field, "assistant")
 
 
-def _preference(row: _Row) -> Preference:
+def _preference(row: JsonRow) -> Preference:
     if not row.has("chosen", "rejected"):
         raise row.lacks("chosen", "prompt + chosen + rejected, or chosen + rejected as whole conversations")
     chosen, rejected = row.turns("chosen", "assistant"), row.turns("rejected", "assistant")
@@ -248,17 +280,17 @@ def _preference(row: _Row) -> Preference:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for field, branch in (("chosen", chosen), ("rejected", rejected)):
         _check_response(row, field, branch)
-    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(row), **row.place)
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=_margin(row), tools=row.tools, **row.place)
 
 
-def _check_response(row: _Row, field: str, branch: Messages) -> None:
+def _check_response(row: JsonRow, field: str, branch: Messages) -> None:
     if not branch or branch[-1]["role"] != "assistant":
         raise row.bad(field, "a response ending with an assistant message", list(branch), "add the response or remove the row")
     if branch[0]["role"] != "assistant":
         raise row.bad(field, "the same conversation as the prompt, then an answer", list(branch), "make the prompt a prefix of it")
 
 
-def _response(row: _Row, field: str, value: Any, prompt: Messages) -> Messages:
+def _response(row: JsonRow, field: str, value: Any, prompt: Messages) -> Messages:
     """What answers the prompt, which messages may repeat at their beginning."""
     said = row.spoken(field, value, "assistant")
     branch = said[len(prompt) :] if said[: len(prompt)] == prompt else said
@@ -266,7 +298,7 @@ def _response(row: _Row, field: str, value: Any, prompt: Messages) -> Messages:
     return branch
 
 
-def _answered(row: _Row) -> tuple[Messages, Messages]:
+def _answered(row: JsonRow) -> tuple[Messages, Messages]:
     """Prompt and response of a row that judges one answer; of `messages` the last one is judged."""
     if row.has("messages"):
         messages = row.messages("messages")
@@ -280,18 +312,18 @@ def _answered(row: _Row) -> tuple[Messages, Messages]:
     raise row.lacks("completion", "prompt + completion, prompt + response, or messages")
 
 
-def _feedback(row: _Row) -> Feedback:
+def _feedback(row: JsonRow) -> Feedback:
     prompt, response = _answered(row)
-    return Feedback(prompt=prompt, response=response, desirable=row.verdict("label", row.fields.get("label")), **row.place)
+    return Feedback(prompt=prompt, response=response, desirable=row.verdict("label", row.fields.get("label")), tools=row.tools, **row.place)
 
 
-def _rating(row: _Row) -> Rating:
+def _rating(row: JsonRow) -> Rating:
     prompt, response = _answered(row)
     score = row.number("score", row.fields.get("score"), "write the response's score as a number")
-    return Rating(prompt=prompt, response=response, score=score, **row.place)
+    return Rating(prompt=prompt, response=response, score=score, tools=row.tools, **row.place)
 
 
-def _ranking(row: _Row) -> Ranking:
+def _ranking(row: JsonRow) -> Ranking:
     field = "responses" if row.has("responses") else "completions"
     if not row.has("prompt", field) or (field == "completions" and not row.has("scores")):
         raise row.lacks("responses", "prompt + responses (best first), or prompt + completions + scores")
@@ -300,10 +332,10 @@ def _ranking(row: _Row) -> Ranking:
     responses = [_response(row, f"{field}[{i}]", value, prompt) for i, value in enumerate(values)]
     if field == "completions":
         responses = [responses[i] for i in _best_first(row, len(responses))]
-    return Ranking(prompt=prompt, responses=tuple(responses), **row.place)
+    return Ranking(prompt=prompt, responses=tuple(responses), tools=row.tools, **row.place)
 
 
-def _best_first(row: _Row, count: int) -> list[int]:
+def _best_first(row: JsonRow, count: int) -> list[int]:
     """The order of falling scores. A tie has no order: it is refused."""
     listed = row.several("scores", count, f"a list of {count} numbers, one per completion")
     scores = [row.number(f"scores[{i}]", value, "write one number per completion") for i, value in enumerate(listed)]
@@ -314,7 +346,7 @@ def _best_first(row: _Row, count: int) -> list[int]:
     return sorted(range(count), key=lambda i: -scores[i])
 
 
-def _stepwise(row: _Row) -> Stepwise:
+def _stepwise(row: JsonRow) -> Stepwise:
     if not row.has("prompt", "completions", "labels"):
         raise row.lacks("completions", "prompt + completions (the steps of one answer) + labels")
     prompt = row.turns("prompt", "user")
@@ -323,10 +355,10 @@ def _stepwise(row: _Row) -> Stepwise:
     labels = [row.verdict(f"labels[{i}]", label) for i, label in enumerate(listed)]
     if len(labels) != len(steps):
         raise row.bad("labels", f"{len(steps)} labels, one per step", listed, "label every step")
-    return Stepwise(prompt=prompt, steps=tuple(steps), labels=tuple(labels), **row.place)
+    return Stepwise(prompt=prompt, steps=tuple(steps), labels=tuple(labels), tools=row.tools, **row.place)
 
 
-def _common_prompt(row: _Row, chosen: Messages, rejected: Messages) -> Messages:
+def _common_prompt(row: JsonRow, chosen: Messages, rejected: Messages) -> Messages:
     """The shared beginning of two conversations, leaving each at least its last message and starting with the assistant's turn."""
     if not (isinstance(row.fields["chosen"], list) and isinstance(row.fields["rejected"], list)):
         raise row.lacks("prompt", "a string or a list of messages, because chosen and rejected are strings")
@@ -338,7 +370,7 @@ def _common_prompt(row: _Row, chosen: Messages, rejected: Messages) -> Messages:
     return chosen[:length]
 
 
-def _margin(row: _Row) -> float | None:
+def _margin(row: JsonRow) -> float | None:
     value = row.fields.get("margin")
     return None if value is None else row.number("margin", value, "write how much better chosen is, or leave margin out")
 
@@ -350,7 +382,7 @@ def _finite(value: int | float) -> bool:
         return False
 
 
-def _prompt(row: _Row) -> Prompt:
+def _prompt(row: JsonRow) -> Prompt:
     field = "prompt" if row.has("prompt") else "messages"
     if not row.has(field):
         raise row.lacks("prompt", "prompt (a string or a list of messages) or messages")
@@ -359,13 +391,13 @@ def _prompt(row: _Row) -> Prompt:
         raise row.bad(field, "a conversation that waits for an answer", list(messages[-1:]), "end it with a user message")
     reference = row.fields.get("reference")
     if reference is None:
-        reference = {name: value for name, value in row.fields.items() if name not in (field, "reference")} or None
+        reference = {name: value for name, value in row.fields.items() if name not in (field, "reference", "tools")} or None
     elif not isinstance(reference, dict):
         raise row.bad("reference", "an object", reference, 'write what a verifier needs as {"answer": …}')
-    return Prompt(messages=messages, reference=reference, **row.place)
+    return Prompt(messages=messages, reference=reference, tools=row.tools, **row.place)
 
 
-def _text(row: _Row) -> Text:
+def _text(row: JsonRow) -> Text:
     if not row.has("text"):
         raise row.lacks("text", "a string")
     return Text(text=row.text("text", empty=False), **row.place)

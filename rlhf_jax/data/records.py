@@ -6,9 +6,9 @@ A reader makes them, an encoder consumes them. `source` and `line` name the row 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class Message(TypedDict):
@@ -16,9 +16,14 @@ class Message(TypedDict):
 
     role: str  # one of ROLES
     content: str
+    name: NotRequired[str]  # of the tool that answers
+    tool_call_id: NotRequired[str]  # the call that a tool answers
+    tool_calls: NotRequired[list[dict[str, Any]]]  # an assistant's calls, as chat templates read them
+    reasoning_content: NotRequired[str]  # an assistant's thoughts, apart from its answer
 
 
 Messages = tuple[Message, ...]
+Tools = tuple[dict[str, Any], ...]  # JSON schemas of the functions that an assistant may call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class Demo:
 
     messages: Messages
     context: int = 0  # the first messages that are a given prompt: never trained on, whoever speaks
+    tools: Tools = ()
     source: str
     line: int
 
@@ -39,6 +45,7 @@ class Preference:
     chosen: Messages
     rejected: Messages
     margin: float | None = None  # how much better, in the file's own unit
+    tools: Tools = ()
     source: str
     line: int
 
@@ -50,6 +57,7 @@ class Feedback:
     prompt: Messages
     response: Messages
     desirable: bool
+    tools: Tools = ()
     source: str
     line: int
 
@@ -60,6 +68,7 @@ class Ranking:
 
     prompt: Messages
     responses: tuple[Messages, ...]
+    tools: Tools = ()
     source: str
     line: int
 
@@ -71,6 +80,7 @@ class Rating:
     prompt: Messages
     response: Messages
     score: float
+    tools: Tools = ()
     source: str
     line: int
 
@@ -82,6 +92,7 @@ class Stepwise:
     prompt: Messages
     steps: tuple[str, ...]  # at least one, none blank
     labels: tuple[bool, ...]  # one per step
+    tools: Tools = ()
     source: str
     line: int
 
@@ -92,6 +103,7 @@ class Prompt:
 
     messages: Messages
     reference: dict[str, Any] | None = None
+    tools: Tools = ()
     source: str
     line: int
 

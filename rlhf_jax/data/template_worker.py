@@ -8,16 +8,19 @@ by {"text"}. Either may be answered by {"error"}.
 
 from __future__ import annotations
 
+import datetime
 import json
 import signal
 import sys
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 MEMORY = 1 << 29  # bytes of address space
 CHARACTERS = 1 << 22  # of one rendered conversation
+TODAY = datetime.datetime(2024, 7, 26)  # what `strftime_now` reads; the date Llama 3's own template writes where there is no clock
 SECONDS = 5  # for one conversation; the parent's clock ends a rendering first, this one if the parent is gone
 OPEN, CLOSE = "generation_open", "generation_close"  # variables: the marks put around what the assistant says
 
@@ -39,11 +42,38 @@ class Generation(Extension):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox, with the block and white-space settings, filter and function that chat templates expect."""
+    """The sandbox, with the block, white-space settings, filter and functions that chat templates expect of `transformers`.
+
+    Deviation: `strftime_now` gives a fixed date, so that a conversation is the same text on every day and prepared data can be kept.
+    """
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    sandbox.globals["raise_exception"] = _refuse
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime, "namespace": _Names}
     return sandbox
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Names(Namespace):
+    """A template's mutable variables, without the names that Python itself would call past the sandbox, `__html__` for one."""
+
+    def __init__(*args, **named):  # a template may name one of its variables `self`
+        names, *given = args
+        variables = dict(*given, **named)
+        for name in variables:
+            _check_name(name)
+        Namespace.__init__(names, variables)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name):
+    if str(name).startswith("_"):
+        raise SecurityError(f"a variable of a namespace may not begin with an underscore: {name!r}")
 
 
 def _refuse(message):

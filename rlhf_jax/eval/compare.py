@@ -44,7 +44,7 @@ def evaluate(policy: Policy, reference: Policy, one: Any, several: Any, gold: Ca
       temperature: of the samples.
       seed: of the samples.
     """
-    tokenizer = policy.source.tokenizer
+    tokenizer = policy.source.reader("--checkpoint")
     greedy = evaluate_generation(
         lambda prompts: policy.generate(prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=0.0), one, tokenizer, gold
     )

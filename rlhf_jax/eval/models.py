@@ -5,6 +5,7 @@ Programs are compiled once per architecture and setting and shared by every chec
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,31 +16,15 @@ from jax.sharding import Mesh
 
 from rlhf_jax import distributed, sampling, sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, Networks, NetworkSpec, layout, transformer
+from rlhf_jax.models import ModelConfig, Networks, NetworkSpec
 from rlhf_jax.ops import masking
-from rlhf_jax.saved import Source
+from rlhf_jax.saved import Source, place
 from rlhf_jax.types import Array, Comparisons, Prompts, PyTree, Rollout, Sequences
 
 
 def one_device() -> Mesh:
     """The default mesh of an evaluation: one device of this process."""
-    return distributed.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=1)
-
-
-def place(source: Source, outputs: tuple[str, ...], mesh: Mesh) -> tuple[ModelConfig, PyTree]:
-    """The network's configuration with these heads, and its parameters on their shardings.
-
-    Args:
-      source: a saved network.
-      outputs: heads to keep.
-      mesh: where.
-    """
-    config = ModelConfig(**{**source.config.__dict__, "outputs": outputs, "dropout": 0.0})
-    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
-    where = sharding.parameter_shardings(mesh, transformer.logical_axes(config), shapes)
-    ends = {name: value for name, value in source.params["ends"].items() if name in shapes["ends"]}
-    tree = layout.to_runtime({**source.params, "ends": ends}, config.scan_layers)
-    return config, jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tree, where)
+    return distributed.make_mesh({}, devices=1)
 
 
 class Policy:
@@ -56,7 +41,8 @@ class Policy:
         if source.network != "policy":
             raise UserError(f"{key} = {source.path!r} is a {source.network} checkpoint: name a policy's run")
         self.source, self.mesh = source, mesh or one_device()
-        self.config, self.params = place(source, ("lm",), self.mesh)
+        self.config = dataclasses.replace(source.config, outputs=("lm",), dropout=0.0)
+        self.params = place(source.params, self.config, self.mesh)
 
     def generate(self, prompts: Prompts, *, seed: int, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0
                  ) -> Rollout:
@@ -64,9 +50,9 @@ class Policy:
         if prompts.tokens.shape[1] + max_new_tokens > self.config.context:
             raise UserError(f"prompt slots and new tokens make {prompts.tokens.shape[1]} + {max_new_tokens} tokens, more than the model's "
                             f"context of {self.config.context}: lower max_new_tokens")
-        tokenizer = self.source.tokenizer
+        tokenizer = self.source.reader("--checkpoint")
         program = _generate(
-            self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, (tokenizer.end_id,), tokenizer.pad_id
+            self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, tokenizer.stop_ids, tokenizer.pad_id
         )
         return program(self.params, self._place(prompts), jax.random.key(seed))
 
@@ -88,7 +74,8 @@ class RewardModel:
         if source.network != "reward":
             raise UserError(f"{key} = {source.path!r} is a {source.network} checkpoint: name a reward model's run")
         self.source, self.mesh = source, mesh or one_device()
-        self.config, self.params = place(source, ("score",), self.mesh)
+        self.config = dataclasses.replace(source.config, outputs=("score",), dropout=0.0)
+        self.params = place(source.params, self.config, self.mesh)
 
     def scores(self, pairs: Comparisons) -> np.ndarray:
         """[B, K] scores of the branches, on the host; rows of padding included."""

@@ -1,8 +1,8 @@
 """One saved layout with per-layer names, whatever the running one.
 
-Canonical: `{"layers": {"0": …, "1": …}}`. Running with a layer scan: `{"layers": {"scan": …}}`, every leaf stacked on a leading axis.
-The functions walk any pytree (a whole optimizer state) and convert each parameter tree that they find in it, so a checkpoint does not
-depend on scan or unroll.
+Canonical: `{"layers": {"0": …, "1": …}}`. Running with a layer scan over units of two layers: `{"layers": {"scan": {"0of2": …, "1of2": …}, "8": …}}`,
+every leaf of `scan` stacked over the repeats on a leading axis, and the layers that make no whole unit under their own names. The functions walk
+any pytree (a whole optimizer state) and convert each parameter tree that they find in it, so a checkpoint does not depend on scan or unroll.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlhf_jax.models.adopt import DRAWN
+from rlhf_jax.models.lazy import Lazy
 from rlhf_jax.types import PyTree
 
-SCAN = "scan"
+SCAN, OF = "scan", "of"
 
 
 class Axes(tuple):
@@ -33,21 +36,62 @@ def _convert(tree: PyTree, layers: Any) -> PyTree:
     return jax.tree.map(visit, tree, is_leaf=_is_network)
 
 
-def to_runtime(tree: PyTree, scan: bool) -> PyTree:
-    """From the canonical layout to the running one: stacked when layers are scanned.
+def to_runtime(tree: PyTree, unit: int) -> PyTree:
+    """From the canonical layout to the running one: stacked when layers are scanned. Leaves that are not read yet, or to be drawn, stay so.
 
     Args:
-      tree: any pytree with canonical parameter trees in it.
-      scan: whether the network runs a layer scan.
+      tree: any pytree with canonical parameter trees in it, all of one network's layers.
+      unit: ModelConfig.unit; 0 = unrolled.
     """
+    return _convert(tree, lambda layers: _stacked(layers, unit))
 
-    def stack(layers: dict[str, PyTree]) -> dict[str, PyTree]:
-        if not scan or SCAN in layers:
-            return layers
-        ordered = [layers[str(i)] for i in range(len(layers))]
-        return {SCAN: jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)}
 
-    return _convert(tree, stack)
+def like(tree: PyTree, running: PyTree) -> PyTree:
+    """`to_runtime`, each network in the layout that it has in `running`.
+
+    Args:
+      tree: a pytree with canonical parameter trees in it.
+      running: the same pytree in the running layout, abstract or not.
+    """
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_network)
+    models = jax.tree.leaves(running, is_leaf=_is_network)
+
+    def one(node: Any, model: Any) -> Any:
+        if not _is_network(node) or not _unit(model["layers"]) or SCAN in node["layers"]:
+            return node
+        layers, names = node["layers"], sorted((name for name in node["layers"] if name not in model["layers"]), key=int)
+        scan = {name: [layers[i] for i in names if int(i) % _unit(model["layers"]) == int(name.split(OF)[0])] for name in model["layers"][SCAN]}
+        rest = {name: layer for name, layer in layers.items() if name in model["layers"]}
+        return {**node, "layers": {SCAN: {name: jax.tree.map(_stack, *same) for name, same in scan.items()}, **rest}}
+
+    return jax.tree.unflatten(treedef, [one(node, model) for node, model in zip(nodes, models, strict=True)])
+
+
+def _unit(layers: dict[str, PyTree]) -> int:
+    """How many layers a scan repeats; 0 without one. Of partial trees too, which lack some of them."""
+    return next((int(name.split(OF)[1]) for name in layers.get(SCAN, ())), 0)
+
+
+def unit_names(unit: int) -> list[str]:
+    """The keys below `scan`."""
+    return [f"{kind}{OF}{unit}" for kind in range(unit)]
+
+
+def _stacked(layers: dict[str, PyTree], unit: int) -> dict[str, PyTree]:
+    if not unit or SCAN in layers:
+        return layers
+    whole = len(layers) - len(layers) % unit
+    units = {name: [layers[str(i)] for i in range(kind, whole, unit)] for kind, name in enumerate(unit_names(unit))}
+    rest = {str(i): layers[str(i)] for i in range(whole, len(layers))}
+    return {SCAN: {kind: jax.tree.map(_stack, *same) for kind, same in units.items()}, **rest}
+
+
+def _stack(*leaves: Any) -> Any:
+    if all(leaf is DRAWN for leaf in leaves):  # adapters that no checkpoint holds
+        return DRAWN
+    if any(isinstance(leaf, Lazy) for leaf in leaves):
+        return Lazy.stack(leaves)
+    return np.stack(leaves) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp.stack(leaves)
 
 
 def to_canonical(tree: PyTree) -> PyTree:
@@ -61,8 +105,10 @@ def to_canonical(tree: PyTree) -> PyTree:
         leaves = jax.tree.leaves(layers.get(SCAN))
         if not leaves:  # unrolled, or an optimizer's state that masks every leaf of the layers
             return layers
-        count = leaves[0].shape[0]
-        return {str(i): jax.tree.map(lambda leaf: _layer(leaf, i), layers[SCAN]) for i in range(count)}  # noqa: B023
+        repeats, unit = leaves[0].shape[0], _unit(layers)
+        scanned = {repeat * unit + int(kind.split(OF)[0]): jax.tree.map(lambda leaf: _layer(leaf, repeat), stacked)  # noqa: B023
+                   for kind, stacked in layers[SCAN].items() for repeat in range(repeats)}
+        return {**{str(i): scanned[i] for i in sorted(scanned)}, **{name: layer for name, layer in layers.items() if name != SCAN}}
 
     return _convert(tree, unstack)
 
@@ -77,12 +123,18 @@ def _layer(leaf: Any, index: int) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
 
 
-def axes_to_runtime(axes: PyTree, scan: bool) -> PyTree:
+def axes_to_runtime(axes: PyTree, unit: int) -> PyTree:
     """`to_runtime` for a tree whose leaves are `Axes`: the stacked axis has no mesh axis of its own."""
 
-    def stack(layers: dict[str, PyTree]) -> dict[str, PyTree]:
-        if not scan:
-            return layers
-        return {SCAN: jax.tree.map(lambda names: Axes((None, *names)), layers["0"], is_leaf=lambda leaf: isinstance(leaf, Axes))}
+    def stack(*names: Axes) -> Axes:
+        return Axes((None, *names[0]))
 
-    return {**axes, "layers": stack(axes["layers"])}
+    def convert(layers: dict[str, PyTree]) -> dict[str, PyTree]:
+        if not unit:
+            return layers
+        whole = len(layers) - len(layers) % unit
+        is_axes = lambda leaf: isinstance(leaf, Axes)  # noqa: E731
+        scan = {name: jax.tree.map(stack, layers[str(kind)], is_leaf=is_axes) for kind, name in enumerate(unit_names(unit))}
+        return {SCAN: scan, **{str(i): layers[str(i)] for i in range(whole, len(layers))}}
+
+    return {**axes, "layers": convert(axes["layers"])}

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import transformer
+from rlhf_jax.models import lora, transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops import masking, vocab
-from rlhf_jax.types import Array, PyTree, Sequences
+from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
 Want = tuple[str | VocabFunction, ...]
@@ -52,6 +52,7 @@ class Networks(struct.PyTreeNode):
     frozen: PyTree  # {"base": partial trees that `params` completes, "ref": …, "reward": …}
     spec: NetworkSpec = struct.field(pytree_node=False)
     row_chunks: int = struct.field(pytree_node=False, default=1)  # forwards of `prepare` run in this many strided row chunks
+    tally: list[Mean] | None = struct.field(pytree_node=False, default=None)  # where the trained networks' balance losses go, in a loss (train.step)
 
     def _tree(self, name: str) -> PyTree:
         base = self.frozen.get("base", {}).get(name)
@@ -66,7 +67,12 @@ class Networks(struct.PyTreeNode):
     def _network(self, name: str) -> tuple[ModelConfig, PyTree]:
         """Configuration and parameters of a network; a reference without a configuration of its own shares what the policy does not train."""
         if name == "ref" and self.spec.ref is None:
-            return _config(self.spec.policy, "ref"), merge(self.frozen["ref"], self.frozen.get("base", {}).get("policy"))
+            if "ref" not in self.frozen:
+                raise UserError("config.reference_from names no network, or log-probs alone, and the objective asks the reference itself: name a run")
+            config, own = _config(self.spec.policy, "ref"), self.frozen["ref"]
+            if not lora.has_adapters(own):  # fresh adapters change nothing: without them the base is the initial policy
+                config = dataclasses.replace(config, lora=None)
+            return config, merge(own, self.frozen.get("base", {}).get("policy"))
         return _config(getattr(self.spec, name), name), self._tree(name)
 
     @property
@@ -97,9 +103,13 @@ class Networks(struct.PyTreeNode):
         if "values" in want and not separate and "value" not in _config(self.spec.policy, "policy").outputs:
             raise UserError("config.critic.kind = 'none', and the objective needs values: choose 'separate' or 'shared'")
         mine = tuple(w for w in want if not (separate and w == "values"))
-        out = self._run(_config(self.spec.policy, "policy"), self._tree("policy"), seqs, keys, mine, along, noise) if mine else {}
+        out = {}
+        if mine:
+            config = _config(self.spec.policy, "policy")
+            out = self._run(config, self._tree("policy"), seqs, keys, mine, along, noise, trained="policy" in self.params)
         if separate:
-            out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None)
+            out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None,
+                             trained="critic" in self.params)
         return types.SimpleNamespace(**out)
 
     def ref(self, seqs: Sequences, want: Want = (vocab.logps,)) -> Any:
@@ -111,7 +121,7 @@ class Networks(struct.PyTreeNode):
     def reward(self, seqs: Sequences, keys: Array | None = None) -> Any:
         """`.scores`, a reward model's reading after each token, [B, T] or [B, K, T]; `masking.at_last_real` picks the row's score."""
         chex.assert_rank(seqs.tokens, {2, 3})
-        out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None)
+        out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None, trained="reward" in self.params)
         return types.SimpleNamespace(**out)
 
     def as_reference(self) -> Networks:
@@ -178,8 +188,8 @@ class Networks(struct.PyTreeNode):
         hidden, cache = transformer.cached(config, params, token[:, None], position[:, None], visible[:, None, :], cache, slot)
         return transformer.unembed(config, params, hidden[:, 0]), cache
 
-    def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any, noise: float = 0.0
-             ) -> dict[str, Array]:
+    def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any, noise: float = 0.0,
+             trained: bool = False) -> dict[str, Array]:
         """Folds branches into rows, runs the forward in row chunks when asked to, and unfolds."""
         lead = seqs.tokens.shape[:-1]
         if len(lead) == 2:
@@ -189,10 +199,11 @@ class Networks(struct.PyTreeNode):
                 keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(lead[1])))(keys).reshape(-1)
 
         def forward(rows: Any) -> dict[str, Array]:
-            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature, noise=noise)
+            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature, noise=noise, balance=balance)
 
         rows = (seqs, keys, along)
         chunks = self.row_chunks
+        balance = self.tally is not None and config.experts > 0 and config.balance_coef > 0 and trained
         if chunks > 1 and lead[0] % chunks == 0:
             # Strided chunks: the contiguous split of a sharded batch would make the partitioner replicate it.
             strided = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), rows)
@@ -200,6 +211,10 @@ class Networks(struct.PyTreeNode):
             out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
         else:
             out = forward(rows)
+        if balance:
+            assert self.tally is not None
+            sequences = (masking.segment_starts(seqs.segment_ids) & (seqs.segment_ids != 0)).sum()
+            self.tally.append(Mean(config.balance_coef * out.pop("balance").sum(), sequences.astype(jnp.float32)))
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)
 
 
@@ -211,11 +226,11 @@ def _config(config: ModelConfig | None, name: str) -> ModelConfig:
 
 
 def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float,
-             noise: float) -> dict[str, Array]:
+             noise: float, balance: bool) -> dict[str, Array]:
     """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
-    hidden = transformer.trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys, noise)
+    hidden, losses = transformer.balanced_trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys, noise)
     starts = masking.segment_starts(seqs.segment_ids)
-    out: dict[str, Array] = {}
+    out: dict[str, Array] = {"balance": losses} if balance else {}
     if "hidden" in want:
         out["hidden"] = hidden
     if "scores" in want:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -43,3 +46,34 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     mesh, rules = context
     spec = PartitionSpec(*(None if name is None else rules[name] for name in names))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+Names = tuple[str | None, ...]
+
+
+def per_device(fn: Callable[..., Any], args: tuple[Array, ...], names: tuple[Names, ...], out: Names, axes: tuple[str, ...]) -> Any:
+    """`fn` on every device for its own share of the arguments; a plain call outside `axis_rules`, or where the mesh does not divide them.
+
+    Args:
+      fn: takes the arguments, and `axes` by that name: the mesh axes over which it speaks to other devices.
+      args: arrays.
+      names: each argument's logical axes, None = whole.
+      out: those of the result.
+      axes: logical names of the mesh axes that `fn` is told.
+    """
+    chex.assert_equal(len(args), len(names))
+    context = _context.get()
+    if context is None:
+        return fn(*args)
+    mesh, rules = context
+    spec = lambda axes: PartitionSpec(*(None if name is None else rules[name] for name in axes))  # noqa: E731
+    specs = tuple(spec(axes) for axes in names)
+    if any(x.shape[i] % _size(mesh, part) for x, parts in zip(args, specs, strict=True) for i, part in enumerate(parts)):
+        return fn(*args)
+    local = functools.partial(fn, axes=tuple(rules[name] for name in axes))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec(out), check_vma=False)(*args)
+
+
+def _size(mesh: Mesh, axes: MeshAxes) -> int:
+    """Over how many devices an array axis is spread."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

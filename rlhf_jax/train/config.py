@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf_jax import objectives
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.models import families
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.train import optimizer
 from rlhf_jax.types import Comparisons, Labelled, Rollout, Sequences, Unpaired
@@ -66,7 +67,11 @@ SCHEMA: dict[str, Any] = {
     },
     "validation": {"every": COUNT, "batches": COUNT, "metric": str, "mode": ("min", "max"), "patience": COUNT},
     "checkpoint": {"every": COUNT, "keep": NATURAL},
-    "mesh": {"data": int, "fsdp": int, "tensor": int, "devices": COUNT, "multihost": bool},
+    "lora": {
+        "rank": COUNT, "alpha": Number(float, 0.0, above=True), "targets": str, "dropout": Number(float, 0.0, 1.0 - 1e-9), "rslora": bool,
+        "dora": bool, "base": ("same", "bfloat16", "int8", "nf4"),
+    },
+    "mesh": {"data": int, "fsdp": int, "expert": int, "tensor": int, "devices": COUNT, "multihost": bool},
     "log": {"every": NATURAL, "samples": COUNT, "tensorboard": bool, "wandb": str},
 }
 ONLINE: dict[str, Any] = {
@@ -82,6 +87,7 @@ ONLINE: dict[str, Any] = {
     },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
+INHERIT = "inherit"  # config.model.family: the architecture of config.init_from
 PTX: dict[str, Any] = {  # a second data set beside the rollouts, run.batch_size rows of it per iteration
     "kind": ("text", "demo"), "train": str, "max_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"),
 }
@@ -154,15 +160,33 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
     online = objective.batch_type is Rollout
     _check_ptx(values, objective, online)
     c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE), **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
-    model = ModelConfig.create(c["model"], ())
-    try:
-        re.compile(c["trainable"])
-    except re.error as error:
-        raise UserError(f"config.trainable = {c['trainable']!r} is not a regular expression: {error}") from error
+    model = _model(c)
+    for key, pattern in (("trainable", c["trainable"]), ("lora.targets", c["lora"]["targets"])):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.{key} = {pattern!r} is not a regular expression: {error}") from error
     _check_run(c, model, objective, online)
     _check_needs(c, objective, online)
     _check_files(c)
     return c, objective
+
+
+def _model(c: Mapping[str, Any]) -> ModelConfig:
+    """The model section as a fresh network, for checks; with "inherit" its sizes are another's and only the run's own choices hold."""
+    section = dict(c["model"])
+    added = section.pop("add_tokens", ())
+    if isinstance(added, str) or not all(isinstance(token, str) and token for token in added):
+        raise UserError(f"config.model.add_tokens = {added!r}: must be a tuple of strings, e.g. ('<|tool|>',)")
+    if added and not c["init_from"]:
+        raise UserError(f"config.model.add_tokens = {added!r} adds to the tokenizer of config.init_from, which names none: train a tokenizer instead")
+    if section.get("family") == INHERIT:
+        if not c["init_from"]:
+            raise UserError("config.model.family = 'inherit' needs config.init_from, whose architecture it takes")
+        section["family"] = "llama"
+    elif "family" in section:
+        section = {**families.fresh(section["family"]), **section}
+    return ModelConfig.create(section, ())
 
 
 def _check_ptx(values: Mapping[str, Any], objective: objectives.Objective, online: bool) -> None:
@@ -196,10 +220,10 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
     if rows % parts:
         raise UserError(f"config.run.batch_size = {run['batch_size']}{paired} does not divide into minibatches × microbatches = {parts}: "
                         "choose a multiple")
-    sizes = [c["mesh"]["data"], c["mesh"]["fsdp"]]
-    if min(sizes) > 0 and (rows // parts) % (sizes[0] * sizes[1]):
+    sizes = [c["mesh"][axis] for axis in ("data", "fsdp", "expert")]
+    if min(sizes) > 0 and (rows // parts) % math.prod(sizes):
         raise UserError(f"config.run.batch_size = {run['batch_size']}{paired} gives {rows // parts} rows a microbatch, which the "
-                        f"{sizes[0] * sizes[1]} devices of config.mesh.data × fsdp do not divide")
+                        f"{math.prod(sizes)} devices of config.mesh.data × fsdp × expert do not divide")
     if c["network"] == "reward" and online:
         raise UserError("config.network = 'reward': a reward model trains on judged responses, not on prompts")
     if c["validation"]["every"] and not data["valid"]:

@@ -28,6 +28,7 @@ from rlhf_jax.train.assemble import Experiment, assemble, full_params
 from rlhf_jax.train.config import check
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.programs import Programs, completions
+from rlhf_jax.train.start import beside_a_base
 from rlhf_jax.types import PyTree, Rollout, TrainState
 
 PROFILED = 3  # steps in a --profile trace, after one warm-up step
@@ -76,27 +77,31 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
 def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState, int]:
     """The newest intact checkpoint's state and batch, or the first state and 0."""
     abstract = exp.start.abstract
-    found = saver.restore_latest(saved_items(abstract, exp.frozen))
+    found = saver.restore_latest(saved_items(exp, abstract))
     if found is None:
         return exp.start.state(), 0
     step, items, _ = found
     trained = _trained_part(items["params"], layout.to_canonical(abstract.params))
     state = items["rest"].replace(params=trained)
-    scanned = {c.scan_layers for c in (exp.spec.policy, exp.spec.reward, exp.spec.critic) if c is not None}
-    if True in scanned:
-        runtime = functools.partial(layout.to_runtime, scan=True)
+    if any(c is not None and c.unit for c in (exp.spec.policy, exp.spec.reward, exp.spec.critic)):
+        runtime = functools.partial(layout.like, running=abstract)
         state = sharding.jit(runtime, exp.mesh, out_shardings=exp.start.shardings)(state)
     return state, step
 
 
-def saved_items(state: TrainState, frozen: PyTree) -> dict[str, PyTree]:
-    """What a run goes on from: whole networks under `params`, everything else under `rest`, both in the canonical layout."""
-    return {checkpoint.PARAMS: full_params(state.params, frozen), "rest": layout.to_canonical(state.replace(params={}))}
+def saved_items(exp: Experiment, state: TrainState) -> dict[str, PyTree]:
+    """What a run goes on from: its networks under `params`, everything else under `rest`, both in the canonical layout."""
+    return {checkpoint.PARAMS: _networks(exp, state.params), "rest": layout.to_canonical(state.replace(params={}))}
 
 
-def delivered(state: TrainState, frozen: PyTree) -> PyTree:
-    """The whole networks that validation judged and later runs start from: the moving average where there is one."""
-    return full_params(evaluation_params(state.params, state.opt_state), frozen)
+def delivered(exp: Experiment, state: TrainState) -> PyTree:
+    """The networks that validation judged and later runs start from: the moving average where there is one."""
+    return _networks(exp, evaluation_params(state.params, state.opt_state))
+
+
+def _networks(exp: Experiment, params: PyTree) -> PyTree:
+    """Whole networks; of a run whose adapters lie on a checkpoint, the adapters and heads alone."""
+    return full_params(params, exp.frozen) if exp.base is None else layout.to_canonical(beside_a_base(params, exp.frozen.get("base", {})))
 
 
 def _trained_part(full: PyTree, like: PyTree) -> PyTree:
@@ -238,10 +243,10 @@ class _Run:
         # The best one first, and wholly: a run that goes on from `step` will not come by here again.
         if improved:
             with checkpoint.Checkpointer(self.folder / checkpoint.BEST, every=0, keep=1) as best:
-                best.save(step, {checkpoint.PARAMS: delivered(state, exp.frozen)}, meta, force=True)
+                best.save(step, {checkpoint.PARAMS: delivered(exp, state)}, meta, force=True)
         if force or self._due(step):
-            ema = {checkpoint.EMA: delivered(state, exp.frozen)} if averaged else {}
-            self.saver.save(step, saved_items(state, exp.frozen) | ema, meta, force=force)
+            ema = {checkpoint.EMA: delivered(exp, state)} if averaged else {}
+            self.saver.save(step, saved_items(exp, state) | ema, meta, force=force)
 
     def _meta(self, state: TrainState, step: int) -> dict[str, Any]:
         exp = self.exp
@@ -252,10 +257,13 @@ class _Run:
             "step": step,
             "objective": exp.objective.name,
             "tokenizer": exp.tokenizer.digest,
+            **exp.provenance,
         }
         if exp.spec.critic is not None:
             meta["critic_model"] = exp.spec.critic.to_json()
-        meta["control_tokens"] = {name: getattr(exp.tokenizer, name) for name in ("pad", "bos", "end")}
+        meta["control_tokens"] = exp.tokenizer.control_tokens
+        if exp.base is not None:
+            meta["base"] = exp.base
         if network == "reward" and exp.valid_data is not None:
             meta |= self.programs.reward_moments(state)
         return meta
@@ -340,7 +348,8 @@ def _write_start(folder: epath.Path, exp: Experiment) -> None:
         skipped = sum(account["skipped"].values())
         if account["truncated"] or skipped or account["identical"]:
             print(f"config.{'.'.join(FILES[name])}: {account['read']} rows read, {account['kept']} kept, {account['truncated']} truncated, "
-                  f"{skipped} skipped {dict(account['skipped'])}, {account['identical']} pairs of identical branches", flush=True)
+                  f"{skipped} skipped {dict(account['skipped'])}, {account['identical']} pairs of identical branches, "
+                  f"{account.get('steps_cut', 0)} verdicts on steps cut off", flush=True)  # sets prepared by an earlier version do not count them
 
 
 def _cut_samples(folder: epath.Path, step: int) -> None:

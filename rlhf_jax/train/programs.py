@@ -51,7 +51,7 @@ class Programs:
             self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
         else:
             rollout = functools.partial(
-                online.make_rollout, exp.spec, exp.config["sampling"], stop_ids=(exp.tokenizer.end_id,), pad_id=exp.tokenizer.pad_id
+                online.make_rollout, exp.spec, exp.config["sampling"], stop_ids=exp.tokenizer.stop_ids, pad_id=exp.tokenizer.pad_id
             )
             self.rollout = rollout()  # the policy alone, which is what validation measures
             contested = rollout(opponent=exp.objective.opponent)
@@ -142,7 +142,8 @@ class Programs:
                 raise UserError(f"config.reward_normalise is on, but config.reward_from = {exp.reward.path!r} stores no reward_mean and "
                                 "reward_std: train it with a validation file, or switch it off")
             mean, std = float(exp.reward.meta["reward_mean"]), float(exp.reward.meta["reward_std"])
-        if exp.reward.tokenizer.digest == exp.tokenizer.digest and exp.reward.chat_template().digest == exp.template.digest:
+        own = exp.reward.template
+        if exp.reward.reader("config.reward_from").digest == exp.tokenizer.digest and (own is None or own.digest == exp.template.digest):
             return online.make_score(exp.spec, mean, std)
         self._host_reward = functools.partial(_retokenised, exp, self._foreign_reward(mean, std))
         return None
@@ -157,8 +158,9 @@ class Programs:
             return learned.normalise(masking.at_last_real(scores, seqs.segment_ids), mean, std)
 
         jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
+        key = "config.reward_from"
         encoder = Encoder(
-            exp.reward.tokenizer, exp.reward.chat_template(), max_length=exp.spec.reward.context, prompt_length=None, overlong="truncate"
+            exp.reward.reader(key), exp.reward.layout(key), max_length=exp.spec.reward.context, prompt_length=None, overlong="truncate"
         )
         return host_rewards.RetokenisedReward(encoder, lambda seqs: jitted(distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
 

@@ -9,6 +9,7 @@ normalisation. Shardings are put on from outside.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,13 @@ def _sum(tree: PyTree, axis: int | tuple[int, ...]) -> PyTree:
     return jax.tree.map(lambda x: x.sum(axis), tree)
 
 
+def _losses(objective: Any, nets: Networks, batch: PyTree, keys: Array) -> tuple[dict[str, Mean], Metrics]:
+    """The objective's loss, and the balance loss of the experts that it asked as a term of its own, one count per sequence."""
+    tally: list[Mean] = []
+    terms, metrics = objective.loss(nets.replace(tally=tally), batch, keys)
+    return ({**terms, "balance": functools.reduce(Mean.merge, tally)} if tally else terms), metrics
+
+
 def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microbatches: int) -> tuple[PyTree, Metrics]:
     """Gradient of Σ_terms total / count over the whole batch, accumulated over microbatches, and the merged metrics.
 
@@ -79,13 +87,13 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     chex.assert_tree_shape_prefix((batch, keys), (rows(batch),))
 
     def counts(part: PyTree) -> dict[str, Array]:
-        terms, _ = objective.loss(nets, *part)
+        terms, _ = _losses(objective, nets, *part)
         return {name: term.count for name, term in terms.items()}
 
     def loss(params: PyTree, part: PyTree, scale: dict[str, Array]) -> tuple[Array, Metrics]:
-        terms, metrics = objective.loss(nets.replace(params=params), *part)
+        terms, metrics = _losses(objective, nets.replace(params=params), *part)
         logged = {f"loss/{name}": term for name, term in terms.items()}
-        return sum(term.total * scale[name] for name, term in terms.items()), jax.lax.stop_gradient({**metrics, **logged})
+        return sum((term.total * scale[name] for name, term in terms.items()), jnp.float32(0)), jax.lax.stop_gradient({**metrics, **logged})
 
     def accumulate(total: tuple[PyTree, Metrics], part: PyTree) -> tuple[tuple[PyTree, Metrics], None]:
         found = jax.grad(loss, has_aux=True)(nets.params, part, scale)

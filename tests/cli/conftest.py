@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import pytest
 from absl import flags
 
-from rlhf_jax.cli.main import run
+from rlhf_jax.cli.main import COMMANDS, run
 from tests.train.runs import ROOT
 
 
@@ -22,15 +23,17 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
+PACKAGE = "rlhf_jax.cli."
 
 
 def _forget() -> None:
-    """Takes back what the last command line set and defined."""
-    for name in list(flags.FLAGS):
-        if name.startswith("config."):
+    """Takes back what earlier command lines set and defined: a command's module is imported anew, since two may define flags of one name."""
+    defined = [flag.name for module, found in flags.FLAGS.flags_by_module_dict().items() if module.startswith(PACKAGE) for flag in found]
+    for name in {*defined, *(name for name in flags.FLAGS if name.startswith("config."))}:
+        if name in flags.FLAGS:
             delattr(flags.FLAGS, name)
-        elif name in ("config", "workdir", "profile", "markdown"):
-            flags.FLAGS[name].unparse()
+    for name in COMMANDS:
+        sys.modules.pop(PACKAGE + name, None)
 
 
 @pytest.fixture

@@ -258,6 +258,22 @@ def test_prompts(made, tok):
         data.messages(-1)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("prompt", {"prompt_length": 4000, "group_size": 2}), ("preference", {"max_length": 4000})])
+def test_trimmed_batches_hold_the_same_rows_in_little_else(made, kind, options):
+    """A model of a long context evaluates short rows at their own length, and few rows in a small batch."""
+    whole = made(kind, batch_size=64, **options)
+    data = whole.trimmed()
+    longest = int(whole.prepared.lengths.max())
+    (found,), (wanted,) = data.eval_batches(), whole.eval_batches()
+    rows = len(whole) * options.get("group_size", 1)
+    found, wanted = (getattr(batch, "seqs", batch) for batch in (found, wanted))
+    assert found.tokens.shape[0] == rows < 64 == wanted.tokens.shape[0] and longest <= found.tokens.shape[-1] < 2 * longest + 16
+    np.testing.assert_array_equal(found.tokens[found.segment_ids != 0], wanted.tokens[wanted.segment_ids != 0])
+    np.testing.assert_array_equal(found.positions[found.segment_ids != 0], wanted.positions[wanted.segment_ids != 0])
+    with pytest.raises(NotImplementedError):
+        made("text").trimmed()
+
+
 def test_a_prompt_twice_in_a_batch_draws_other_samples(made):
     """Random keys come from (prompt, sample), so a batch larger than the data set must not repeat a pair."""
     batch = made("prompt", batch_size=60, group_size=2).batch(0, 0)

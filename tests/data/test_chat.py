@@ -110,3 +110,77 @@ def test_user_text_cannot_fake_the_marks_or_run_as_a_template():
     odd = "".join(map(chr, (0x10F000, 0x10F001))) + "{{ 7 * 7 }}{% generation %}"
     messages = ({"role": "user", "content": odd}, {"role": "assistant", "content": "r"})
     assert spoken(ChatTemplate.load("plain"), messages) == (f"<|bos|><|user|>{odd}<|end|><|assistant|>r<|end|>", ["r<|end|>"])
+
+
+# --- what templates of other makers expect of their surroundings ---
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ {'b': 'é<', 'a': [1]} | tojson }}", '{"b": "é<", "a": [1]}'),
+        ("{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}", '{"a":1,"b":"\\u00e9"}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{{ strftime_now('%d %b %Y %H') }}", "26 Jul 2024 00"),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}", "q"),
+        ("{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "6"),
+        ("{{ tools is none }} {{ documents is none }} {{ enable_thinking is defined }} {{ bos_token is defined }}", "True True False False"),
+        ("{{ dict(a=1).a }}{{ messages[0].get('x', 'none') }}{{ '  a ' | trim | upper }}", "1noneA"),
+        ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),
+    ],
+)
+def test_the_surroundings_of_a_template(source, text):
+    template = ChatTemplate(source, variables={"bos_token": None})
+    assert template.text(TURNS) == text and template.text(TURNS) == text
+
+
+@pytest.mark.parametrize("source", ["{% set ns = namespace(_x=1) %}", "{% set ns = namespace() %}{% set ns.__html__ = 1 %}{{ ns }}"])
+def test_a_namespace_takes_no_name_of_pythons(source):
+    with pytest.raises(UserError, match="may not begin with an underscore"):
+        ChatTemplate(source).text(TURNS)
+
+
+def test_variables_tools_and_empty_fields():
+    template = ChatTemplate("{{ tools[0].name }} {{ on }} {{ 'tool_calls' in messages[0] }} {{ messages[0].name }}", variables={"on": False})
+    message = {"role": "user", "content": "q", "tool_calls": None, "name": "n"}
+    assert template.text([message], tools=[{"name": "f"}]) == "f False False n"
+
+
+DROPS = (  # an earlier answer loses what the last one shows, as with Qwen3
+    "{% for m in messages %}[{% if m.role == 'assistant' and loop.last %}thought {% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[{% endif %}"
+)
+
+
+def test_turns_of_the_context_may_be_rewritten():
+    with pytest.raises(UserError, match="rewrites turn 2"):
+        ChatTemplate(DROPS).render(TURNS)
+    text, spans = ChatTemplate(DROPS).render(TURNS, context=4, end="<|end|>")
+    assert [text[s:e] for s, e in spans] == ["thought <|end|>"]
+
+
+def test_what_stands_behind_the_end_token_is_not_said():
+    """Phi-3 closes a conversation with an end of document, and a marked block may hold the line break."""
+    source = CHATML + "{% if not add_generation_prompt %}<|eod|>{% endif %}"
+    text, spans = ChatTemplate(source).render(TURNS, end="<|end|>")
+    assert [text[s:e] for s, e in spans] == ["r<|end|>", "<|end|>"] and text.endswith("<|end|>\n<|eod|>")
+    with pytest.raises(UserError, match="rewrites turn 2"):
+        ChatTemplate(source).render(TURNS)
+    marked = ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}{% endfor %}")
+    text, spans = marked.render(TURNS[:1], end="<|end|>")
+    assert [text[s:e] for s, e in spans] == ["s<|end|>"]
+
+
+def test_roles_needs_no_control_tokens():
+    template = ChatTemplate.load("roles", variables={"eos_token": "</s>"})
+    assert spoken(template, TURNS) == ("System: s\n\nUser: q\n\nAssistant: r</s>\n\nUser: p\n\nAssistant: </s>", [" r</s>", " </s>"])
+    prompt = template.text(TURNS[:2], add_generation_prompt=True)
+    assert prompt == "System: s\n\nUser: q\n\nAssistant:"
+    assert ChatTemplate.load("roles", variables={"eos_token": "</s>", "bos_token": "<s>"}).text(TURNS[:1]) == "<s>System: s"
+    assert template.text([{"role": "tool", "content": " 4 "}]) == "Tool: 4"
+
+
+@pytest.mark.parametrize("name", ["plain", "lines"])
+def test_a_role_without_a_control_token_is_refused(name):
+    with pytest.raises(UserError, match=r"role tool has no control token here; choose a template that knows it"):
+        ChatTemplate.load(name).render([{"role": "tool", "content": "4"}])

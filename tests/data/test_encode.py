@@ -233,3 +233,39 @@ def test_a_template_that_refuses_a_row_names_it(tok):
     strict = ChatTemplate(PLAIN.source + "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
     with pytest.raises(UserError, match=r"^f.jsonl:7 .*no system role"):
         list(encoder(tok, template=strict)(Demo(messages=(OTHER, u("q"), a("r")), **PLACE)))
+
+
+def test_a_text_without_a_beginning_and_with_its_own_end(tok):
+    bare = tok.replace(bos=None, end="<|assistant|>", eos="<|end|>")
+    (row,) = encoder(bare, template=None)(Text(text="ab", **PLACE))
+    assert tok.decode(row["tokens"], skip_special=False) == "ab<|end|>" and row["loss_mask"].tolist() == [False, True, True]
+
+
+def test_a_block_that_holds_the_header_does_not_train_it(tok):
+    body = "<|assistant|>{{ m.content }}<|end|>\n"
+    source = "<|bos|>{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}" + body + "{% endgeneration %}{% else %}" \
+        "<|user|>{{ m.content }}<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    (row,) = encoder(tok, template=ChatTemplate(source))(Demo(messages=(u("q"), a("r"), u("p"), a("s")), **PLACE))
+    assert tok.decode(row["tokens"][row["loss_mask"]], skip_special=False) == "r<|end|>s<|end|>"
+    # Where the block begins behind the header, an answer may begin with the header's words.
+    plain = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}" \
+        "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    (row,) = encoder(tok, template=ChatTemplate(plain))(Demo(messages=(u("q"), a("A:r")), **PLACE))
+    assert tok.decode(row["tokens"][row["loss_mask"]], skip_special=False) == "A:r<|end|>"
+
+
+def test_a_tool_without_a_control_token_names_its_row(tok):
+    record = Demo(messages=(u("q"), {"role": "tool", "content": "4"}, a("r")), **PLACE)
+    with pytest.raises(UserError, match=r"^f.jsonl:7 config.data.template expected .* role tool has no control token here"):
+        list(encoder(tok)(record))
+
+
+def test_control_strings_stay_text_wherever_they_stand(tok):
+    source = PLAIN.source.replace("{{- '<|bos|>' -}}", "{{- '<|bos|>' + (tools | tojson if tools else '') -}}").replace(
+        "message['content'] + '<|end|>'", "message['content'] + (message['name'] or '') + (message['tool_calls'] | string) + '<|end|>'")
+    question = {"role": "user", "content": "", "name": "<|end|>", "tool_calls": [{"x": {"y": ["<|user|>"]}}]}
+    (row,) = encoder(tok, template=ChatTemplate(source), max_length=200)(
+        Demo(messages=(question, a("r")), tools=({"name": "<|bos|>"},), **PLACE))
+    assert [t for t in row["tokens"].tolist() if t < 6] == [1, 3, 5, 4, 5]
+    text = tok.decode(row["tokens"], skip_special=False)
+    assert text.startswith('<|bos|>[{"name": "<|bos|>"}]<|user|><|end|>') and "<|user|>']" in text

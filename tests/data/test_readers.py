@@ -225,3 +225,27 @@ def test_paths_that_are_no_data(jsonl, tmp_path):
     with pytest.raises(UserError, match="did you mean 'prompt'"):
         list(read_records("promt", good))
     assert data_files(good) == [good]
+
+
+def test_tools_and_what_belongs_to_them(jsonl):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}], "reasoning_content": "hm"}
+    row = {"messages": [u("q"), call, {"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"}, a("r")], "tools": [{"name": "f"}]}
+    (record,) = read_records("demo", jsonl([row]))
+    assert record.messages[1] == {**call, "content": ""} and record.messages[2] == row["messages"][2] and record.tools == ({"name": "f"},)
+    (record,) = read_records("prompt", jsonl([{"prompt": "q", "tools": [{"name": "f"}], "answer": 4}]))
+    assert record.tools == ({"name": "f"},) and record.reference == {"answer": 4}
+    (record,) = read_records("preference", jsonl([{"prompt": "q", "chosen": "a", "rejected": "b"}]))
+    assert record.tools == ()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tools": "f"}, r"rows.jsonl:1 tools expected a list of objects, got 'f'"),
+    ({"tools": [1]}, r"rows.jsonl:1 tools expected a list of objects, got \[1\]"),
+    ({"messages": [u("q"), {**a("r"), "tool_calls": {"x": 1}}]}, r"messages\[1\].tool_calls expected a list of objects"),
+    ({"messages": [u("q"), {**a("r"), "name": 3}]}, r"messages\[1\].name expected a string, got 3"),
+    ({"messages": [u("q"), {"role": "assistant", "content": None, "tool_calls": []}]}, r"messages\[1\].content expected a string, got nothing"),
+    ({"tools": [{"name": "\ud800"}]}, r"tools expected valid Unicode"),
+])
+def test_malformed_tools(jsonl, change, message):
+    with pytest.raises(UserError, match=message):
+        list(read_records("demo", jsonl([{"messages": [u("q"), a("r")]} | change])))

@@ -1,12 +1,15 @@
+import json
 import pathlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Inner
 
 from rlhf_jax.data.tokenizer import BOS, END, PAD, SPECIALS, Tokenizer, unused_characters
 from rlhf_jax.errors import UserError
+from tests.data.families import byte_level, sentencepiece
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 MIXED = st.lists(st.one_of(st.sampled_from([*SPECIALS, "<|", "<", "|>", "<|e", " "]), UNICODE), max_size=6).map("".join)
@@ -128,3 +131,122 @@ def test_decode_skips_control_tokens_on_request():
     ids = BYTE.encode(f"{BOS}a{END}{PAD}")[0]
     assert (BYTE.decode(ids), BYTE.decode(ids, skip_special=False)) == ("a", f"{BOS}a{END}{PAD}")
     assert BYTE.decode([6 + 100, 300 % 262]) is not None and BYTE.decode([]) == ""
+
+
+# --- tokenizers of other makers: lengths change on the way, and pieces of a text know where they stand ---
+
+STYLES = ("prepend", "first", "never")
+WIDE = {"<|x|>": {"lstrip": True, "rstrip": True}}
+FOREIGN = {style: Tokenizer(sentencepiece(["<|x|>"], style, flags=WIDE), pad="</s>", bos="<s>", end="</s>") for style in STYLES}
+FOREIGN["bytes"] = Tokenizer(byte_level(["<s>", "</s>", "<|x|>"], flags=WIDE), pad="</s>", bos="<s>", end="</s>")
+FOREIGN["normalized"] = Tokenizer(
+    byte_level(["<s>", "</s>", "<|x|>"], flags={"</s>": {"normalized": True}}), pad="</s>", bos="<s>", end="</s>"
+)
+BITS = ["</s>", "<s>", "</", "<", "s>", "<|x|>", " ", "  ", "\n", "the", " cat", "é", "☃", "x", "▁"]
+TALK = st.lists(st.sampled_from(BITS), max_size=8).map("".join)
+
+
+def without(name, *tokens):
+    """The tokenizers that know fewer control tokens: what `encode` must equal where those are text."""
+    specials = [token for token in ("<|x|>",) if token not in tokens]
+    if name in STYLES:
+        inner = sentencepiece(specials, name, flags=WIDE)
+    else:
+        inner = byte_level(["<s>", "</s>", "<|x|>"], flags=WIDE if name == "bytes" else {})
+    layout = json.loads(inner.to_str())
+    layout["added_tokens"] = [token for token in layout["added_tokens"] if token["content"] not in tokens]
+    return Inner.from_str(json.dumps(layout))
+
+
+BARE = {name: without(name, "</s>", "<s>", "<|x|>", "<unk>") for name in FOREIGN}
+ONLY_BOS = {name: without(name, "</s>", "<|x|>") for name in FOREIGN}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@given(text=TALK)
+@settings(max_examples=150, deadline=None)
+def test_plain_text_is_what_a_tokenizer_without_control_tokens_reads(name, text):
+    ids, offsets = FOREIGN[name].encode(text, control=False)
+    expected = BARE[name].encode(text, add_special_tokens=False)
+    assert ids.tolist() == expected.ids and offsets.tolist() == [list(pair) for pair in expected.offsets]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@given(contents=st.lists(TALK, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_hidden_control_strings_leave_the_other_pieces_alone(name, contents):
+    """The template writes `<s>` alone; a tokenizer that knows no other control token shows what the rest must be."""
+    tokenizer = FOREIGN[name]
+    contents = [content.replace("<s>", "<sx>") for content in contents]
+    hidden, stand = tokenizer.shield(contents)
+    text, literal = tokenizer.unshield("".join(f"<s>{content} the" for content in hidden), stand)
+    assert text == "".join(f"<s>{content} the" for content in contents)
+    ids, offsets = tokenizer.encode(text, literal=literal)
+    expected = ONLY_BOS[name].encode(text, add_special_tokens=False)
+    assert ids.tolist() == expected.ids and offsets.tolist() == [list(pair) for pair in expected.offsets]
+
+
+def test_sentencepiece_by_hand():
+    """▁ before every piece ("prepend"), before the text alone ("first"), nowhere ("never"); the bytes of é are 0xC3 and 0xA9."""
+    text = "the</s>the é"
+    pieces = {
+        "prepend": ["▁the", "</s>", "▁the", "▁", "<0xC3>", "<0xA9>"], "first": ["▁the", "</s>", "the", "▁", "<0xC3>", "<0xA9>"],
+        "never": ["the", "</s>", "the", "▁", "<0xC3>", "<0xA9>"],
+    }
+    for style, expected in pieces.items():
+        ids, offsets = FOREIGN[style].encode(text)
+        assert [FOREIGN[style].token(i) for i in ids.tolist()] == expected
+        assert offsets.tolist() == [[0, 3], [3, 7], [7, 10], [10, 11], [11, 12], [11, 12]]
+        ids, _ = FOREIGN[style].encode(text, literal=[3])
+        assert [FOREIGN[style].token(i) for i in ids.tolist()] == [expected[0], "<", "/", "s", ">", "the", "▁", "<0xC3>", "<0xA9>"]
+
+
+def test_a_normalized_control_token_is_read_as_it_is_written():
+    """Llama 1's files flag `</s>` as normalized: the library itself then looks for `▁</s>`, and reads four characters in a chat."""
+    inner = sentencepiece([], "prepend", flags={"</s>": {"normalized": True}})
+    assert inner.encode("the</s>", add_special_tokens=False).tokens == ["▁the", "<", "/", "s", ">"]
+    made = Tokenizer(inner, pad="</s>", bos="<s>", end="</s>")
+    assert made.encode("the</s>")[0].tolist() == [inner.token_to_id("▁the"), 2]
+
+
+def test_white_space_that_a_token_swallows_is_not_its_own():
+    ids, offsets = FOREIGN["first"].encode("the \n<|x|>  cat")
+    assert [FOREIGN["first"].token(i) for i in ids.tolist()] == ["▁the", "<|x|>", "cat"]
+    assert offsets.tolist() == [[0, 3], [5, 10], [12, 15]]
+
+
+def test_a_tokenizer_may_have_no_beginning_and_another_end_of_document():
+    made = Tokenizer(byte_level(["<s>", "</s>", "<|x|>"]), pad="</s>", bos="", end="<|x|>", eos="</s>", stops=[5, 280])
+    assert (made.bos, made.bos_id, made.end_id, made.eos_id, made.stop_ids) == (None, None, 281, 280, (281, 280, 5))
+    assert made.variables == {"eos_token": "</s>", "pad_token": "</s>"}
+    assert made.control_tokens == {"pad": "</s>", "bos": None, "end": "<|x|>", "eos": "</s>", "stops": [5, 280]}
+    assert made.replace(end="</s>").digest != made.digest == made.replace().digest
+    assert BYTE.control_tokens == {"pad": PAD, "bos": BOS, "end": END} and BYTE.stop_ids == (5,)
+
+
+# --- streaming ---
+
+
+@pytest.mark.parametrize("name", ["byte", *FOREIGN])
+@given(data=st.data(), skip=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_pieces_of_a_stream_are_the_text(name, data, skip):
+    """Any ids: bytes that are no text, control tokens, ids without a token."""
+    tokenizer = BYTE if name == "byte" else FOREIGN[name]
+    some = tokenizer.encode("the  cat é ☃日本 </s>", control=False)[0].tolist()
+    ids = data.draw(st.lists(st.one_of(st.sampled_from(some), st.integers(0, tokenizer.vocab_size + 3)), max_size=20))
+    stream = tokenizer.stream(skip_special=skip)
+    pieces = [stream.push(index) for index in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special=skip)
+
+
+def test_a_stream_speaks_as_soon_as_it_can():
+    stream = BYTE.stream()
+    assert [stream.push(i) for i in BYTE.encode("hé☃<|end|>")[0]] == ["h", "", "é", "", "", "☃", ""] and stream.finish() == ""
+    llama = FOREIGN["first"]
+    stream = llama.stream()
+    pieces = [stream.push(i) for i in llama.encode("the cat é the")[0]]
+    assert pieces == ["the", " cat", " ", "", "", "é the"] and stream.finish() == ""
+    stream = llama.stream()
+    assert [stream.push(i) for i in llama.encode("the☃")[0][:-1]] == ["the", "", ""] and stream.finish() == "\ufffd\ufffd"
+    assert stream.finish() == ""

@@ -22,7 +22,7 @@ def _source(network: str, scan: bool = False, seed: int = 0) -> Source:
         outputs=("lm", "value") if network == "policy" else ("score",),
     )
     params = layout.to_canonical(transformer.init(config, jax.random.key(seed)))
-    return Source("here", network, config, jax.tree.map(np.asarray, params), {}, Tokenizer.byte_level(), "plain")
+    return Source("here", "/here", network, config, jax.tree.map(np.asarray, params), {}, Tokenizer.byte_level(), None)
 
 
 def _prompts(rows: int = 4, width: int = 6) -> Prompts:

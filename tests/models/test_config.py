@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig
+from rlhf_jax.models.config import Lora, RopeScaling
 from tests.models import tiny
 
 
@@ -27,6 +28,14 @@ from tests.models import tiny
         ({"param_dtype": "float16"}, "config.model.param_dtype = 'float16': must be one of float32, bfloat16"),
         ({"compute_dtype": "int8"}, "config.model.compute_dtype = 'int8'"),
         ({"outputs": ("lm", "vote")}, "must be drawn from lm, value, score"),
+        ({"norm_placement": "before"}, "config.model.norm_placement = 'before': must be one of pre, post, both, parallel"),
+        ({"rotary_dim": 3}, "config.model.rotary_dim = 3: must be even"),
+        ({"rotary_dim": 6}, "config.model.rotary_dim = 6: exceeds config.model.head_dim = 4"),
+        ({"windows": ()}, "config.model.windows = (): needs at least one entry"),
+        ({"windows": (-1,)}, "config.model.windows = (-1,): must be 0"),
+        ({"position": "learned", "positions": 8}, "config.model.context = 64: exceeds the 8 positions"),
+        ({"experts": 2, "experts_per_token": 3, "expert_mlp": 4}, "config.model.experts_per_token = 3: must lie between 1 and"),
+        ({"rope_scaling": RopeScaling(kind="dynamic", factor=2.0, original_context=32)}, "config.model.context = 64: dynamic rope scaling changes"),
     ],
 )
 def test_a_value_out_of_range_is_named(change, said):
@@ -36,7 +45,7 @@ def test_a_value_out_of_range_is_named(change, said):
 
 
 def section() -> dict:
-    return {key: value for key, value in dataclasses.asdict(tiny.BASE).items() if key != "outputs"}
+    return {key: value for key, value in dataclasses.asdict(tiny.BASE).items() if key not in ("outputs", "lora")}
 
 
 def test_create_wants_every_key_and_no_other():
@@ -48,7 +57,10 @@ def test_create_wants_every_key_and_no_other():
 
 
 def test_json_gives_the_same_configuration_back():
-    config = tiny.config(outputs=("lm", "value"), tied=True)
+    config = tiny.config(
+        outputs=("lm", "value"), tied=True, windows=(3, 0), rope_scaling=RopeScaling(kind="longrope", original_context=64, short_factors=(1.0, 2.0)),
+        lora=Lora(rank=2, alpha=4.0, targets="query"),
+    )
     again = ModelConfig.from_json(json.loads(json.dumps(config.to_json())))
     assert again == config and hash(again) == hash(config)
 

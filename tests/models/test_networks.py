@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import Networks, NetworkSpec, networks
+from rlhf_jax.models import Networks, NetworkSpec, layers, networks
 from rlhf_jax.ops import vocab
 from rlhf_jax.types import Array
 from tests.models import tiny
@@ -79,9 +79,9 @@ def lookup() -> tuple[Networks, np.ndarray]:
     params["ends"]["embedding"] = jnp.eye(V, V + 1)
     params["ends"]["norm"]["scale"] = jnp.full(V + 1, (V + 1) ** -0.5)  # the norm of a one-hot row is √(V + 1) times it
     worth = np.arange(1.0, V + 1)
-    for head in ("value_head", "score_head"):
-        params["ends"][head] = {"kernel": jnp.asarray([*worth, 0.0])[:, None], "bias": jnp.asarray([0.5])}
-    return Networks({"policy": params, "reward": params}, {}, NetworkSpec(policy=config, reward=config)), worth + 0.5
+    kernel = jnp.asarray([*worth, 0.0])[:, None]
+    params["ends"] |= {"value_head": {"kernel": kernel, "bias": jnp.asarray([0.5])}, "score_head": {"kernel": kernel}}
+    return Networks({"policy": params, "reward": params}, {}, NetworkSpec(policy=config, reward=config)), worth
 
 
 def test_a_value_is_read_before_its_token_and_a_score_after_it():
@@ -89,7 +89,7 @@ def test_a_value_is_read_before_its_token_and_a_score_after_it():
     seqs = tiny.row([4, 7, 2, 9, 1, 3], left=1, right=2, lengths=(2, 4))
     nets, worth = lookup()
     found = read(nets, seqs, want=("values", "scores"))
-    np.testing.assert_allclose(found["values"][0], [0, 0, worth[4], 0, worth[2], worth[9], worth[1], 0, 0], atol=1e-5)
+    np.testing.assert_allclose(found["values"][0], [0, 0, worth[4] + 0.5, 0, *(worth[[2, 9, 1]] + 0.5), 0, 0], atol=1e-5)
     expected = [0, *(worth[t] for t in (4, 7, 2, 9, 1, 3)), 0, 0]
     np.testing.assert_allclose(scores(nets, seqs)[0], expected, atol=1e-5)
     np.testing.assert_allclose(found["scores"][0], expected, atol=1e-5)
@@ -204,7 +204,7 @@ def test_branches_drop_out_differently_and_dropout_keeps_the_mean():
     logps = read(tiny.nets(DROPPING), twins, jax.random.split(jax.random.key(0), 1))["logps"]
     assert np.abs(logps[:, 0] - logps[:, 1]).max() > 1e-3
     x = jnp.ones((64, 32, 16))
-    dropped = networks.transformer.drop(x, jax.random.split(jax.random.key(0), 64), 0, 0.3)
+    dropped = layers.drop(x, jax.random.split(jax.random.key(0), 64), 0, 0.3)
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.7)} and abs(float(dropped.mean()) - 1) < 0.02
 
 
@@ -213,7 +213,7 @@ def test_branches_drop_out_differently_and_dropout_keeps_the_mean():
 
 @functools.partial(tiny.jit, static_argnums=3)
 def noise(embedded, segments, keys, alpha):
-    return networks.transformer.perturb(embedded, segments, keys, alpha) - embedded
+    return layers.perturb(embedded, segments, keys, alpha) - embedded
 
 
 def test_noise_is_a_function_of_the_rows_key():
@@ -242,8 +242,8 @@ def test_noise_is_uniform_within_its_bound_and_padding_gets_none():
         assert abs(part.mean()) < 0.05 * bound and part.var() == pytest.approx(bound**2 / 3, rel=0.05)
         np.testing.assert_allclose(np.linalg.norm(part, axis=(1, 2)), 6.0 / np.sqrt(3), rtol=0.05)
     half = jnp.ones((3, 250, 16), jnp.bfloat16)
-    assert networks.transformer.perturb(half, segments, keys, 6.0).dtype == jnp.bfloat16
-    assert networks.transformer.perturb(half, segments, None, 6.0) is half and networks.transformer.perturb(half, segments, keys, 0.0) is half
+    assert layers.perturb(half, segments, keys, 6.0).dtype == jnp.bfloat16
+    assert layers.perturb(half, segments, None, 6.0) is half and layers.perturb(half, segments, keys, 0.0) is half
 
 
 # --- who trains, who is frozen ---

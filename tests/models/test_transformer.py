@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import layout, transformer
+from rlhf_jax.models import attention, layers, layout, rope, transformer
 from rlhf_jax.types import Sequences
 from tests.models import tiny
 from tests.reference import transformer as reference
@@ -64,7 +64,7 @@ def test_a_reward_head_starts_at_its_std_and_a_value_head_at_zero():
     config = tiny.config(hidden=256, layers=1, outputs=("lm", "score", "value"))
     ends = init(config)["ends"]
     assert float(ends["score_head"]["kernel"].std()) == pytest.approx(257**-0.5, rel=0.15)
-    assert not ends["value_head"]["kernel"].any() and not ends["score_head"]["bias"].any()
+    assert not any(leaf.any() for leaf in ends["value_head"].values()) and set(ends["score_head"]) == {"kernel"}
 
 
 # --- padding, neighbours, packing ---
@@ -163,7 +163,7 @@ def test_a_query_that_may_see_nothing_is_finite_with_a_finite_gradient():
 @pytest.mark.parametrize("scan", [False, True])
 def test_remat_changes_neither_loss_nor_gradient(remat, scan):
     plain, other = tiny.config(scan_layers=scan), tiny.config(scan_layers=scan, remat=remat)
-    seqs, params = tiny.rows(2, 8), layout.to_runtime(tiny.params(), scan)
+    seqs, params = tiny.rows(2, 8), layout.to_runtime(tiny.params(), int(scan))
     (a, ga), (b, gb) = (nll(c, params, seqs) for c in (plain, other))
     tiny.close(a, b, rtol=1e-6)
     tiny.near(gb, ga, 1e-6)
@@ -198,13 +198,14 @@ def test_wrong_shapes_are_refused():
         lambda: transformer.trunk(BASE, params, seqs.tokens, seqs.positions[:, :5], seqs.segment_ids),
         lambda: transformer.unembed(BASE, params, jnp.zeros((2, 6, 15))),
         lambda: transformer.scalar(BASE, params, jnp.zeros((2, 6, 15)), "value"),
-        lambda: transformer.attend(q, q[:, :, :2], q[:, :, :2], jnp.ones((2, 6, 5), bool)),
-        lambda: transformer.attend(q, q[:, :, :2], q[:, :5, :2], jnp.ones((2, 6, 6), bool)),
-        lambda: transformer.rope_tables(seqs.positions[0], 4, 10.0),
-        lambda: transformer.rotate(q[0], q[0], q[0]),
-        lambda: transformer.visibility(seqs.segment_ids[0]),
-        lambda: transformer.drop(jnp.zeros((2, 6)), None, 0, 0.1),
-        lambda: transformer.pin(jnp.zeros((2, 6))),
+        lambda: attention.attend(q, q[:, :, :2], q[:, :, :2], jnp.ones((2, 6, 5), bool), scale=1.0),
+        lambda: attention.attend(q, q[:, :, :2], q[:, :5, :2], jnp.ones((2, 6, 6), bool), scale=1.0),
+        lambda: attention.visibility(seqs.segment_ids[0]),
+        lambda: attention.within(seqs.segment_ids, 0, 3),
+        lambda: rope.tables(BASE, seqs.positions[0]),
+        lambda: rope.rotate(q[0], (q[0], q[0])),
+        lambda: layers.drop(jnp.zeros((2, 6)), None, 0, 0.1),
+        lambda: layers.pin(jnp.zeros((2, 6))),
         lambda: transformer.init(BASE, jax.random.split(jax.random.key(0), 2)),
         lambda: transformer.cached(BASE, params, seqs.tokens, seqs.positions, jnp.ones((2, 6), bool), cache, 0),
     ]

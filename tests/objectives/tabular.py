@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.models import transformer
+from rlhf_jax.models import layers
 from rlhf_jax.ops import masking, vocab
 from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Rollout, Sequences, Unpaired
 
@@ -53,7 +53,7 @@ class TabularNets:
         before = jnp.concatenate([seqs.tokens[..., :1], seqs.tokens[..., :-1]], axis=-1)
         logits = table[before]
         if keys is not None:  # a table's embeddings are its logits
-            logits = transformer.perturb(logits, seqs.segment_ids, keys, noise)
+            logits = layers.perturb(logits, seqs.segment_ids, keys, noise)
         starts = masking.segment_starts(seqs.segment_ids)
         headless = starts
         if seqs.loss_positions is not None:

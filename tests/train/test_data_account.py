@@ -34,6 +34,17 @@ def test_a_skipped_row_is_counted(tmp_path: pathlib.Path, capsys: pytest.Capture
     assert "7 kept, 0 truncated, 1 skipped" in capsys.readouterr().out
 
 
+def test_verdicts_on_steps_beyond_the_context_are_counted(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    """Row 0 keeps the first of its three steps, row 1 both, and row 2, which keeps none, is left out."""
+    steps = [["one", "2" * 30, "three"], ["one", "two"], ["1" * 60]]
+    path = write_rows(tmp_path / "steps.jsonl", [{"prompt": "Go.", "completions": each, "labels": [True] * len(each)} for each in steps])
+    changes = {"data.train": path, "data.overlong": "truncate", "data.max_length": 30, "run.steps": 1, "validation.every": 0}
+    train(tiny("process_reward", changes), str(tmp_path / "run"))
+    account = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert (account["steps"], account["steps_cut"], account["truncated"]) == (3, 3, 1)
+    assert "3 rows read, 2 kept, 1 truncated, 1 skipped" in (said := capsys.readouterr().out) and "3 verdicts on steps cut off" in said
+
+
 def test_a_reward_model_with_a_shorter_context_is_refused(tmp_path: pathlib.Path) -> None:
     train(tiny("reward", {"run.steps": 1, "model.context": 64}), str(tmp_path / "rm"))
     changes = {"reward_fn": "", "reward_from": str(tmp_path / "rm"), "data.prompt_length": 60}

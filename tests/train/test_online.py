@@ -131,7 +131,7 @@ def score_directly(run: pathlib.Path, seqs: Any) -> list[float]:
 def score_texts(run: pathlib.Path, texts: list[tuple[list[Any], str, bool]]) -> list[float]:
     """The same on (messages, response, ended), each rendered by the reward model's template and cut into its own tokens."""
     source = load_source(str(run), "test")
-    encoder = Encoder(source.tokenizer, source.chat_template(), max_length=source.config.context, prompt_length=None, overlong="truncate")
+    encoder = Encoder(source.tokenizer, source.layout("test"), max_length=source.config.context, prompt_length=None, overlong="truncate")
     tokens = [host.response_tokens(encoder, *text) for text in texts]
     return score_directly(run, host.padded_rows(tokens, bucket=8, max_length=encoder.max_length, pad_id=encoder.tokenizer.pad_id))
 
@@ -296,7 +296,8 @@ def test_critic_from_the_reward_model(name: str, finished: Any) -> None:
     networks = started({"init_from": str(finished("sft")), "critic.init_from": str(finished(name))})
     assert same(networks["critic"]["layers"], reward["layers"])
     assert same(networks["critic"]["ends"]["embedding"], reward["ends"]["embedding"])
-    assert same(networks["critic"]["ends"]["value_head"], reward["ends"]["score_head"])
+    assert same(networks["critic"]["ends"]["value_head"]["kernel"], reward["ends"]["score_head"]["kernel"])
+    assert not networks["critic"]["ends"]["value_head"]["bias"].any()
 
 
 def test_shared_critic(finished: Any) -> None:
@@ -315,6 +316,7 @@ def test_networks_of_three_sizes(finished: Any, tmp_path: pathlib.Path) -> None:
     params, meta = checkpoint.load_params(str(tmp_path), key="test")
     assert (ModelConfig.from_json(meta["model"]).hidden, ModelConfig.from_json(meta["critic_model"]).hidden) == (16, 8)
     assert {name: tree["ends"]["embedding"].shape[1] for name, tree in params.items()} == {"policy": 16, "critic": 8}
-    assert not same(params["critic"]["ends"]["value_head"], load_source(small, "test").params["ends"]["score_head"]), "the critic trains"
+    score_head = load_source(small, "test").params["ends"]["score_head"]
+    assert not same(params["critic"]["ends"]["value_head"]["kernel"], score_head["kernel"]), "the critic trains"
     assert snapshot(pathlib.Path(small)) == before, "and its source does not"
     assert all(math.isfinite(float(value)) for line in metrics(tmp_path) for value in line.values())

@@ -76,7 +76,7 @@ def test_unknown_names_are_one_sentence():
 @pytest.mark.parametrize("scan", [False, True])
 def test_weight_decay_spares_norms_and_biases(name, scan):
     """With zero gradients decay is all that moves a parameter: p ← p · (1 − lr · decay)."""
-    params = layout.to_runtime(PARAMS, scan)
+    params = layout.to_runtime(PARAMS, int(scan))
     tx, _ = build(name=name, lr=0.1, weight_decay=0.5)
     new, _, _ = updated(tx, params, jax.tree.map(jnp.zeros_like, params))
     seen = {True: 0, False: 0}
@@ -121,11 +121,11 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_scanned_and_unrolled_layers_get_the_same_updates(name):
     tx, _ = build(name=name, lr=0.1, weight_decay=0.1, ema_decay=0.9)
-    params, scanned, state, scanned_state = PARAMS, layout.to_runtime(PARAMS, True), None, None
+    params, scanned, state, scanned_state = PARAMS, layout.to_runtime(PARAMS, 1), None, None
     for seed in (1, 2):
         grads = {"policy": tiny.params(tiny.config(outputs=("lm", "value")), seed)}
         params, state, _ = updated(tx, params, grads, state)
-        scanned, scanned_state, _ = updated(tx, scanned, layout.to_runtime(grads, True), scanned_state)
+        scanned, scanned_state, _ = updated(tx, scanned, layout.to_runtime(grads, 1), scanned_state)
     tiny.close(layout.to_canonical(scanned), params, rtol=1e-4, atol=1e-5)
     tiny.close(layout.to_canonical(scanned_state), state, rtol=1e-4, atol=1e-5)
 

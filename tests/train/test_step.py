@@ -16,7 +16,8 @@ from flax import struct
 from rlhf_jax.models import Networks, NetworkSpec, layout
 from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.train import optimizer
-from rlhf_jax.train.assemble import full_params, split
+from rlhf_jax.train.assemble import full_params
+from rlhf_jax.train.start import split, trains
 from rlhf_jax.train.step import fill_reference, gradients, interleave, make_step, rows
 from rlhf_jax.types import Array, Comparisons, Mean, TrainState
 from tests.models import tiny
@@ -246,12 +247,12 @@ def test_at_the_first_update_ppos_ratio_is_one_and_the_kl_to_an_equal_reference_
 
 
 @pytest.mark.parametrize(
-    ("pattern", "scan"), [("layers/scan/(query|value)", True), ("layers/1|norm", False), ("ends/lm_head", True)]
+    ("pattern", "scan"), [("layers/scan/0of1/(query|value)", True), ("layers/1|norm", False), ("ends/lm_head", True)]
 )
 def test_frozen_leaves_do_not_move_by_a_bit_and_have_no_optimizer_state(pattern, scan):
     config = tiny.config(vocab_size=16, scan_layers=scan)
-    whole = {"policy": layout.to_runtime(tiny.params(tiny.config(vocab_size=16)), scan)}
-    trained, base = split(whole, pattern)
+    whole = {"policy": layout.to_runtime(tiny.params(tiny.config(vocab_size=16)), int(scan))}
+    trained, base = split(whole, trains(pattern, False))
     step, tx, _ = built(bound("sft"), NetworkSpec(policy=config), weight_decay=0.1)
     state = first_state(trained, tx)
     batch = trainable.batch("sft", rows=4)
@@ -280,7 +281,7 @@ def _merged(params: Any, base: Any) -> Any:
 @pytest.mark.parametrize("scan", [False, True])
 def test_training_lowers_the_loss(name, scan):
     config = tiny.config(vocab_size=16, scan_layers=scan)
-    params = {"policy": layout.to_runtime(tiny.params(tiny.config(vocab_size=16)), scan)}
+    params = {"policy": layout.to_runtime(tiny.params(tiny.config(vocab_size=16)), int(scan))}
     step, tx, _ = built(bound("sft"), NetworkSpec(policy=config), name=name, lr=3e-2, total=30)
     state, batch, losses = first_state(params, tx), trainable.batch("sft", rows=4), []
     for _ in range(30):

@@ -1,0 +1,31 @@
+"""Qwen3: query and key are normalised head by head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families._keys import Keys
+from rlhf_jax.models.families._shared import read_llama, read_switched_windows, write_head, write_llama, write_switched_windows
+from rlhf_jax.models.families._tables import ATTENTION, ENDS, INVERSE_FREQUENCIES, MLP, PRE_NORMS, QK_NORMS
+
+MODEL_TYPES = ("qwen3",)
+CLASSES = {"lm": "Qwen3ForCausalLM", "score": "Qwen3ForSequenceClassification"}
+FRESH: dict[str, Any] = {"qk_norm": "head"}
+ROWS = (*ENDS, *PRE_NORMS, *ATTENTION, *QK_NORMS, *MLP)
+IGNORED = (INVERSE_FREQUENCIES,)
+RENAMED: tuple[tuple[str, str], ...] = ()
+WHOLE_HEADS = False
+
+
+def read(keys: Keys) -> dict[str, Any]:
+    """Fields of a ModelConfig."""
+    fields, bias = read_llama(keys, kv_heads=32, norm_eps=1e-6, head_dim=128), keys.flag("attention_bias", False)
+    return fields | {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias, "windows": read_switched_windows(keys, fields["layers"])}
+
+
+def write(config: ModelConfig, stated: int = 0) -> dict[str, Any]:
+    """Keys of config.json."""
+    return write_head(config, MODEL_TYPES[0], CLASSES) | write_llama(config, stated) | write_switched_windows(config) | {
+        "attention_bias": config.qkv_bias,
+    }
