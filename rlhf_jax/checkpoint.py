@@ -246,7 +246,7 @@ def load_params(
       abstract: tree of `ShapeDtypeStruct` with shardings to restore straight onto; None gives nested dicts of NumPy arrays.
 
     Returns:
-      (params, meta); meta's "checkpoint" is the step's own path.
+      (params, meta); meta's "checkpoint" is the step's own path, "fingerprint" a digest of all that it holds.
 
     Raises:
       UserError: nothing there, damaged, or not fitting `abstract`.
@@ -258,11 +258,12 @@ def load_params(
         if PARAMS not in manifest["items"]:
             raise UserError(f"{subject} {step} holds no item {PARAMS!r}, only {sorted(manifest['items'])}; name a training run's")
         item = EMA if EMA in manifest["items"] else PARAMS
+        found = {"checkpoint": str(step), "fingerprint": mf.text_digest(manifest)}
         if abstract is not None:
             items, meta = _read(step, {item: abstract}, subject=subject)
-            return items[item], meta | {"checkpoint": str(step)}
+            return items[item], meta | found
         record = manifest["items"][item]
-        return mf.nest(_read_host(step / item, record) | _empties(record), mf.unescape), manifest["meta"] | {"checkpoint": str(step)}
+        return mf.nest(_read_host(step / item, record) | _empties(record), mf.unescape), manifest["meta"] | found
     except _DamagedError as damage:
         raise UserError(f"{subject} {step} is damaged: {damage}; name another step of that run or train it again") from damage
 
@@ -270,8 +271,7 @@ def load_params(
 def is_run(path: epath.PathLike) -> bool:
     """Whether `path` is a run's workdir, a folder of its steps or a step."""
     root = epath.Path(path)
-    steps = any(_has_manifest(child) for child in root.iterdir() if child.name.isdigit())
-    return steps or _has_manifest(root) or (root / CHECKPOINTS).is_dir() or (root / BEST).is_dir()
+    return any(map(_has_manifest, (root, *(child for child in root.iterdir() if child.name.isdigit())))) or (root / CHECKPOINTS).is_dir()
 
 
 def _has_manifest(step: epath.Path) -> bool:

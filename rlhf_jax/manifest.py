@@ -125,7 +125,7 @@ def build(step: int, flat: Mapping[str, tuple[Leaves, dict[str, str]]], meta: Ma
         if unchecked:
             logging.log_first_n(logging.WARNING, "checkpoint: %d leaves of %r span hosts and carry no digest", 1, unchecked, name)
     body = json.loads(json.dumps({"step": step, "meta": meta, "items": items}))  # as it will be read back
-    return body | {"sha256": _text_digest(body)}
+    return body | {"sha256": text_digest(body)}
 
 
 def check(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -137,12 +137,13 @@ def check(manifest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "sha256" not in manifest:
         raise ValueError("it is not a manifest")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if _text_digest(body) != manifest["sha256"]:
+    if text_digest(body) != manifest["sha256"]:
         raise ValueError("it differs from what was saved")
     return body
 
 
-def _text_digest(body: Mapping[str, Any]) -> str:
+def text_digest(body: Mapping[str, Any]) -> str:
+    """Hex digest of a manifest; since it lists every leaf's, of the whole step."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

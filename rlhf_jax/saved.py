@@ -26,7 +26,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, layout, lora, transformer
 from rlhf_jax.models.adopt import HEADS, adopt, missing
 from rlhf_jax.models.config import Lora
-from rlhf_jax.models.hf.directory import is_directory
+from rlhf_jax.models.hf.directory import fingerprint, is_directory
 from rlhf_jax.models.hf.network import open_network
 from rlhf_jax.models.hf.peft import is_adapter, open_adapter, read_adapter
 from rlhf_jax.models.lazy import Lazy
@@ -170,6 +170,9 @@ def _on_base(source: Source, key: str) -> Source:
         base = load_source(home, key)
     except UserError as error:
         raise UserError(f"{key} = {source.path!r} holds adapters for {home!r}, which cannot be opened ({error}): put it back") from error
+    if (began := source.meta.get("init_fingerprint")) and began != base.meta.get("fingerprint"):
+        raise UserError(f"{key} = {source.path!r} holds adapters for {home!r}, whose weights have changed since they were trained: put the former "
+                        "ones back")
     if source.tokenizer is not None and base.tokenizer is not None and base.tokenizer.vocab_size < source.tokenizer.vocab_size:
         base = base.with_tokens(source.tokenizer)
     base = base.for_adapters(source.config.lora)  # as when they were trained: a run's own ones that went on are not merged besides
@@ -196,7 +199,7 @@ def _from_directory(path: str, key: str, grows: bool) -> Source:
         declared = {"config.json": directory.config, "generation_config.json": generation}
         size = max(tokenizer.vocab_size, opened.config.vocab_size) if grows else opened.config.vocab_size
         hf_tokenizer.check_fits(tokenizer, declared, size, f"{key} = {path!r}")
-    meta = {"network": opened.network, "longest": opened.longest, "generation": generation}
+    meta = {"network": opened.network, "longest": opened.longest, "generation": generation, "fingerprint": fingerprint(directory)}
     return Source(path, str(directory.path.resolve()), opened.network, opened.config, opened.params, meta, tokenizer, template)
 
 

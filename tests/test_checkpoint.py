@@ -373,7 +373,7 @@ def run(tmp_path_factory):
 def test_load_params_finds_the_step(run, path, which, seed):
     loaded, meta = load_params(run / path, key="config.init_from", which=which)
     folder = run / ("best" if seed == 15 else "checkpoints") / str(seed)
-    assert meta == {"seed": seed, "checkpoint": str(folder.resolve())}
+    assert len(meta.pop("fingerprint")) == 64 and meta == {"seed": seed, "checkpoint": str(folder.resolve())}
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded))
     assert jax.tree.structure(loaded) == jax.tree.structure(params()) and state_hash(loaded) == state_hash(params(seed))
 

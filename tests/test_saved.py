@@ -93,6 +93,14 @@ def test_adapters_are_saved_alone_and_come_back_with_their_base(tmp_path):
     full = tiny.canonical(load_source(str(tmp_path / "full"), "x").params)
     for path, leaf in tiny.canonical(jax.tree.map(np.asarray, merged.params)).items():
         np.testing.assert_allclose(full[path], leaf, atol=1e-6)
+    last = tmp_path / "base" / "checkpoints" / "1"
+    shutil.move(last, tmp_path / "kept")
+    train(run_config("sft", {"run.steps": 1, "seed": 1}), str(tmp_path / "other"))
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "1", last)
+    with pytest.raises(UserError, match="whose weights have changed since they were trained"):
+        load_source(str(tmp_path / "tuned"), "x")
+    with pytest.raises(UserError, match=r"config\.init_from = '.*base': its weights are not those that this run was started from"):
+        train(run_config("sft", lora), str(tmp_path / "tuned"))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(UserError, match=r"x = '.*tuned' holds adapters for '.*base/checkpoints/1', which cannot be opened"):
         load_source(str(tmp_path / "tuned"), "x")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from rlhf_jax import data, distributed, sharding
@@ -50,7 +51,7 @@ class Experiment:
     start: Start
     reward: Source | None  # the learned reward, for prompts
     base: str | None  # the checkpoint that adapters lie on, which theirs do not repeat; None: checkpoints hold whole networks
-    provenance: Mapping[str, Any]  # what checkpoints repeat of the initial one's meta, for the way back to Hugging Face
+    provenance: Mapping[str, Any]  # what checkpoints keep of the initial one's meta: its fingerprint, and what the way back to Hugging Face needs
 
     @property
     def online(self) -> bool:
@@ -85,6 +86,12 @@ def _tokenizer(config: Mapping[str, Any], init: Source | None) -> Tokenizer:
     return tokenizer
 
 
+def _provenance(init: Source | None) -> dict[str, Any]:
+    if init is None:
+        return {}
+    return {"init_fingerprint": init.meta.get("fingerprint"), **{name: init.meta[name] for name in PROVENANCE if name in init.meta}}
+
+
 def _template(name: str, tokenizer: Tokenizer, init: Source | None) -> ChatTemplate:
     """The run's chat template; "inherit" is the initial checkpoint's."""
     if name != INHERIT:
@@ -105,6 +112,8 @@ def _architecture(config: Mapping[str, Any], tokenizer: Tokenizer, init: Source 
         raise UserError(f"config.model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens")
     if init is not None:
         _same_model(model, init, "config.init_from")
+        if 0 < init.meta.get("longest", 0) < model.context:
+            logging.warning("config.model.context = %d: %s was made for %d tokens", model.context, init.path, init.meta["longest"])
     return model
 
 
@@ -123,6 +132,8 @@ def _inherited(config: Mapping[str, Any], outputs: tuple[str, ...], init: Source
 def _with_adapters(model: ModelConfig, section: Mapping[str, Any]) -> ModelConfig:
     if not section["rank"]:
         return model
+    if model.experts:
+        logging.warning("config.lora: the experts of this network are neither adapted nor quantised, and stay frozen as they are")
     settings = {name: section[name] for name in ("rank", "alpha", "targets", "dropout", "rslora", "dora")}
     quantised = section["base"] if section["base"] in ("int8", "nf4") else "none"
     return dataclasses.replace(model, lora=Lora(**settings), quantise=quantised)
@@ -226,7 +237,7 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
         train_data=train_data, valid_data=valid_data, ptx_data=ptx_data, frozen=frozen, start=start, reward=reward,
         base=init.origin if init is not None and config["lora"]["rank"] else None,
-        provenance={name: init.meta[name] for name in PROVENANCE if name in init.meta} if init is not None else {},
+        provenance=_provenance(init),
     )
 
 

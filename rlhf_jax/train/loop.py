@@ -80,7 +80,10 @@ def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState
     found = saver.restore_latest(saved_items(exp, abstract))
     if found is None:
         return exp.start.state(), 0
-    step, items, _ = found
+    step, items, meta = found
+    if (began := meta.get("init_fingerprint")) and began != exp.provenance.get("init_fingerprint"):
+        raise UserError(f"config.init_from = {exp.config['init_from']!r}: its weights are not those that this run was started from, which its frozen "
+                        "networks would be read from; put them back, name the step, or choose another --workdir")
     trained = _trained_part(items["params"], layout.to_canonical(abstract.params))
     state = items["rest"].replace(params=trained)
     if any(c is not None and c.unit for c in (exp.spec.policy, exp.spec.reward, exp.spec.critic)):

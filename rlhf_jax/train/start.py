@@ -26,6 +26,7 @@ from rlhf_jax.objectives import Objective
 from rlhf_jax.types import Purpose, PyTree, TrainState
 
 NEW_HEADS = r"/(score_head|value_head)/"  # what an adapter run trains besides its adapters
+TABLES = r"/ends/(embedding|lm_head)$"  # and besides, where tokens are added
 
 
 def split(params: PyTree, trains: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
@@ -59,16 +60,18 @@ def beside_a_base(params: PyTree, frozen: PyTree) -> PyTree:
     return merge(params, split(frozen, lambda path: re.search(f"{lora.TRAINABLE}|{NEW_HEADS}", path) is not None)[0])
 
 
-def trains(pattern: str, adapters: bool) -> Callable[[str], bool]:
-    """Which leaves train: those whose path `pattern` matches somewhere, and of these, with adapters, only adapters and new heads.
+def trains(pattern: str, adapters: bool, grown: bool = False) -> Callable[[str], bool]:
+    """Which leaves train: those whose path `pattern` matches somewhere, and of these, with adapters, only adapters, new heads, and tables of tokens
+    that have new ones, which would stay alike for ever.
 
     Args:
       pattern: config.trainable.
       adapters: whether config.lora is on.
+      grown: whether config.model.add_tokens is.
     """
 
     def decides(path: str) -> bool:
-        chosen = not adapters or re.search(lora.TRAINABLE, path) or re.search(NEW_HEADS, path)
+        chosen = not adapters or re.search(lora.TRAINABLE, path) or re.search(NEW_HEADS, path) or (grown and re.search(TABLES, path))
         return bool(chosen) and re.search(pattern, path) is not None
 
     return decides
@@ -116,7 +119,7 @@ class Start:
             for name, tree in shapes.items()
         }
         self._refuse_drawn_codes(leaves)
-        decide = trains(config["trainable"], adapters)
+        decide = trains(config["trainable"], adapters, bool(config["model"].get("add_tokens")))
         axes = {name: transformer.logical_axes(network) for name, network in configs.items()}
         where = sharding.parameter_shardings(mesh, axes, shapes)
         base_dtype = {"same": None, "bfloat16": jnp.bfloat16}.get(config["lora"]["base"]) if adapters else None

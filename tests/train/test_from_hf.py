@@ -93,6 +93,27 @@ def test_added_tokens_are_trained_saved_and_exported(directories, tmp_path: path
     assert table.shape == (265, 16) and np.isfinite(np.asarray(table)).all()
 
 
+def test_tables_with_new_tokens_train_beside_adapters(directories, tmp_path: pathlib.Path) -> None:
+    """Else the new rows would stay one and the same."""
+    changes = {"init_from": directories("policy"), **INHERIT, "model.add_tokens": ("<|call|>", "<|done|>"), "lora.rank": 2, "run.steps": 2}
+    train(tiny("sft", changes), str(tmp_path))
+    run, before = load_source(str(tmp_path), "x"), load_source(directories("policy"), "x")
+    table = np.asarray(run.params["ends"]["embedding"])
+    assert table.shape[0] == 264 and np.abs(table[:262] - np.asarray(before.params["ends"]["embedding"])[:262]).max() > 0
+    np.testing.assert_array_equal(run.params["layers"]["0"]["query"]["kernel"], before.params["layers"]["0"]["query"]["kernel"])
+
+
+def test_a_directory_that_changed_is_told_apart(directories, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(directories("policy"), tmp_path / "model")
+    (tmp_path / "model" / "SHA256SUMS").unlink()
+    before = load_source(str(tmp_path / "model"), "x").meta["fingerprint"]
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    assert load_source(str(tmp_path / "model"), "x").meta["fingerprint"] != before == load_source(directories("policy"), "x").meta["fingerprint"]
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"model.family": "llama"}, r"config\.init_from = '.*policy' is a checkpoint of another model: family gemma2 \(config\.model has llama\).*"
                                 r"set config\.model\.family = 'inherit'"),

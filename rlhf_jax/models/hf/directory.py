@@ -25,6 +25,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"  # of ours: `kernel` [D, 1] and `bias` [1]
 SUMS = "SHA256SUMS"
 READ = (".json", ".jinja", ".safetensors")  # endings of the files whose digests are verified: all that is ever read
+SAMPLES, BLOCK = 256, 4096  # of a weight file's fingerprint: blocks, bytes
 PICKLED = (".bin", ".pt", ".pth")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _SUM = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?:\./)?(?P<name>.+)")
@@ -87,6 +88,23 @@ def open_directory(path: str | os.PathLike[str], key: str) -> Directory:
         tensors,
         read_header(_inside(folder, VALUE_HEAD, subject)) if (folder / VALUE_HEAD).is_file() else None,
     )
+
+
+def fingerprint(source: Directory) -> str:
+    """A digest that tells two models apart without reading them whole: config.json, and of each weight file its size and blocks all over it.
+
+    Args:
+      source: the opened directory.
+    """
+    sha = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    for path in sorted({tensor.file for tensor in source.tensors.values()}):
+        size = path.stat().st_size
+        sha.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // SAMPLES, BLOCK)):
+                file.seek(start)
+                sha.update(file.read(BLOCK))
+    return sha.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
