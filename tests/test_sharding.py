@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import NetworkSpec, layers, transformer
 from rlhf_jax.ops import partition
 from rlhf_jax.train import optimizer
-from rlhf_jax.train.assemble import Start
+from rlhf_jax.train.start import Start
 from rlhf_jax.train.step import make_step
 from tests.models import tiny
 from tests.objectives.settings import bound
@@ -30,7 +30,7 @@ def _uncached():
 
 def mesh(name: str):
     sizes, devices = MESHES[name]
-    return distributed.make_mesh(dict(zip(distributed.AXES, sizes)), devices)
+    return distributed.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), devices)
 
 
 def shardings(on, config, name: str):
@@ -89,7 +89,7 @@ def test_four_microbatches_on_a_mesh_are_one_batch_on_one_device():
 
 def start(on, name: str, pattern: str = ".*", objective: str = "sft") -> Start:
     tx, _ = optimizer.build({**trainable.OPTIMIZER, "name": name, "ema_decay": 0.5}, 10)
-    config = {"seed": 0, "trainable": pattern}
+    config = {"seed": 0, "trainable": pattern, "lora": {"rank": 0}, "model": {}}
     return Start(config, bound(objective), NetworkSpec(policy=trainable.MODEL), tx, {"policy": trainable.MODEL}, {}, on, {})
 
 
@@ -102,7 +102,7 @@ def held(x) -> tuple[int, ...]:
 def test_parameters_are_sharded_and_the_optimizers_state_follows(name):
     state = start(mesh("all"), name).state()
     policy = state.params["policy"]
-    layer = policy["layers"]["scan"]
+    layer = policy["layers"]["scan"]["0of1"]
     # hidden 16, heads 4 × 4 and 2 × 4, mlp 24, vocab 16; fsdp 2 splits `embed`, tensor 2 the other one.
     assert held(layer["query"]["kernel"]) == (2, 8, 8) and held(layer["key"]["kernel"]) == (2, 8, 4)
     assert held(layer["output"]["kernel"]) == (2, 8, 8) and held(layer["gate"]["kernel"]) == (2, 8, 12)
@@ -155,14 +155,19 @@ def test_rows_are_split_over_data_and_fsdp_and_activations_stay_so():
     [
         ({"hidden": 12}, (1, 8, 1), r"config\.mesh\.fsdp = 8 does not divide the 12 of axis 'embed'"),
         ({"kv_heads": 1, "head_dim": 4}, (1, 1, 8), r"config\.mesh\.tensor = 8 does not divide the 4 of axis 'kv_heads'"),
-        ({"vocab_size": 17}, (4, 1, 2), r"config\.mesh\.tensor = 2 does not divide the 17 of axis 'vocab'.*choose a divisor"),
         ({"mlp": 20}, (1, 1, 8), r"config\.mesh\.tensor = 8 does not divide the"),
     ],
 )
 def test_an_axis_that_does_not_divide_is_named(changes, sizes, said):
-    on = distributed.make_mesh(dict(zip(distributed.AXES, sizes)))
+    on = distributed.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)))
     with pytest.raises(UserError, match=said):
         shardings(on, tiny.config(**{"vocab_size": 16, **changes}), "policy")
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_stays_whole():
+    where = shardings(distributed.make_mesh({"data": 4, "tensor": 2}), tiny.config(vocab_size=17), "policy")["policy"]
+    assert where["ends"]["embedding"].spec == PartitionSpec(None, "fsdp") and where["ends"]["lm_head"].spec == PartitionSpec("fsdp", None)
+    assert where["layers"]["0"]["query"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
 
 
 # --- jit ---
