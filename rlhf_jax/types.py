@@ -103,7 +103,8 @@ class Prompts(struct.PyTreeNode, kw_only=True):
 
 class Rollout(struct.PyTreeNode, kw_only=True):
     """Sampled completions and all that is known of them. Three log-probs, never confused: `sampler_logps` of the distribution
-    drawn from (filters included), `old_logps` of the trainer at the same temperature, and the new ones that a loss computes."""
+    drawn from (filters included), `old_logps` of the trainer at the same temperature, and the new ones that a loss computes.
+    `plain_logps` are the sampler's own reading of what `old_logps` will be: unfiltered, at the sampling temperature."""
 
     seqs: Sequences  # [B, T], T = P + new tokens; loss_mask marks the policy's own tokens
     sampler_logps: Array  # [B, T] float32 nats
@@ -112,6 +113,7 @@ class Rollout(struct.PyTreeNode, kw_only=True):
     group_ids: Array  # [B] int32, dense in [0, B)
     truncated: Array  # [B] bool, the budget ran out before a stop token
     version: Array  # [B] int32, the iteration whose weights sampled the row
+    plain_logps: Array | None = None  # [B, T] float32 nats, at temperature 1 where decoding was greedy
     scores: Array | None = None  # [B] float32, one reward per completion
     old_logps: Array | None = None  # [B, T] float32 nats
     values: Array | None = None  # [B, T] float32, V before token t

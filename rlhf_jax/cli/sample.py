@@ -76,7 +76,7 @@ def main() -> int:
         for batch in prompts.eval_batches():
             rolled = policy.generate(
                 batch, seed=options.seed, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-                top_p=options.top_p,
+                top_p=options.top_p, group_size=options.n,
             )
             for at, text in enumerate(responses(rolled, tokenizer)):
                 if batch.real[at]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.types import Array
 
+ELEMENTWISE = ("cpu",)  # backends on which one query per row is a sum of products; elsewhere a dot
+
 
 def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, softcap: float = 0.0) -> Array:
     """softmax(cap(scale · q kᵀ)) v, cap(x) = c·tanh(x / c), with grouped heads; float32 softmax. A query that may see nothing returns finite values
@@ -30,12 +32,25 @@ def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float,
     chex.assert_shape(mask, (query.shape[0], query.shape[1], key.shape[1]))
     batch, length, heads, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
+    if length == 1 and jax.default_backend() in ELEMENTWISE:
+        return _attend_one(grouped[:, 0], key, value, mask[:, 0], scale, softcap).reshape(query.shape)
     logits = jnp.einsum("btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32) * scale
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask[:, None, None, :, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads, dim)
+
+
+def _attend_one(query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float) -> Array:
+    """`attend` for one query per row, [B, G, H/G, d], as sums of products in the cache's own layout: a dot would transpose keys and values first,
+    that is copy the cache for every token."""
+    logits = (query[:, None].astype(jnp.float32) * key[:, :, :, None].astype(jnp.float32)).sum(-1) * scale  # [B, S, G, H/G]
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, :, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=1).astype(value.dtype)
+    return (weights[..., None].astype(jnp.float32) * value[:, :, :, None].astype(jnp.float32)).sum(1).astype(value.dtype)
 
 
 def visibility(segment_ids: Array) -> Array:

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import lora, transformer
+from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops import masking, vocab
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
 Want = tuple[str | VocabFunction, ...]
+UNROLLING = ("cpu",)  # backends that decode layer by layer; a TPU's layer scan with the cache along compiles to the least memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,15 @@ class Networks(struct.PyTreeNode):
         chex.assert_type(hidden, float)
         config, tree = self._network(name)
         return transformer.unembed(config, tree, hidden) / self.spec.temperature
+
+    def decoding(self) -> Networks:
+        """The policy alone, laid out for `prefill` and `decode`: where unrolling wins, without the layer scan, whose cache is rewritten whole for
+        every token. Called once, outside the loop, so that the stacked parameters are sliced once."""
+        config = _config(self.spec.policy, "policy")
+        if not config.unit or jax.default_backend() not in UNROLLING:
+            return self
+        spec = dataclasses.replace(self.spec, policy=dataclasses.replace(config, scan_layers=False))
+        return self.replace(params={"policy": layout.to_canonical(self._tree("policy"))}, frozen={}, spec=spec)
 
     def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
         """Logits after the last prompt slot and a cache of `slots` slots that holds the prompts.

@@ -1,7 +1,7 @@
 """Whom the policy's samples are compared with: what draws every second sample of a prompt (`opponent` of an objective's protocol).
 
-An opponent has `prefill` and `decode` like `nets` (models/networks.py), so that the sampler treats it as any network. The frozen reference is
-`nets.as_reference()`; here is the mixture of the policy with it.
+An opponent has `decoding`, `prefill` and `decode` like `nets` (models/networks.py), so that the sampler treats it as any network. The frozen
+reference is `nets.as_reference()`; here is the mixture of the policy with it.
 
 See: Munos et al. 2023 (arXiv:2312.00886), section 7.
 """
@@ -24,9 +24,13 @@ class Mixture(struct.PyTreeNode):
     (1−m) z/t + m z_ref/t is the same either way and what normalises each of them cancels in the softmax. Top-k and top-p apply to the mixture.
     """
 
-    policy: Any  # have `prefill` and `decode`
+    policy: Any  # have `decoding`, `prefill` and `decode`
     ref: Any
     mixture: float = struct.field(pytree_node=False)  # m, [0, 1]
+
+    def decoding(self) -> Mixture:
+        """Both networks laid out for decoding. As models.Networks.decoding."""
+        return self.replace(policy=self.policy.decoding(), ref=self.ref.decoding())
 
     def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
         """Mixed logits [B, V] after the last prompt slot, and both caches. As models.Networks.prefill."""

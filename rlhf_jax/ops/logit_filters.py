@@ -1,13 +1,17 @@
-"""What a sampler does to logits before it draws: temperature, then top-k, then top-p. Removed tokens get −inf.
+"""What a sampler does to logits before it draws. Removed tokens get −inf.
 
-The settings are Python numbers, so a filter that does nothing costs nothing. Ties go to the lower token id, hence the result does
-not depend on the backend's sort; the best token is always kept. The log-softmax of the result is `sampler_logps`; the trainer never
-applies these filters again, where a moved support would give a log-prob of −inf.
+Edits change what the network says (penalties, a bias, bans), cuts keep the likeliest tokens of what is left (top-k, top-p, min-p). The settings are
+Python numbers, so a filter that does nothing costs nothing. Ties go to the lower token id, hence the result does not depend on the backend's
+sort; the best token is always kept. The log-softmax of the result is `sampler_logps`; the trainer never applies these filters again, where a
+moved support would give a log-prob of −inf. Which filters run, and in which order, says sampling/filters.py.
 
-See: Fan et al. 2018 (top-k, arXiv:1805.04833); Holtzman et al. 2020 (top-p, arXiv:1904.09751).
+See: Fan et al. 2018 (top-k, arXiv:1805.04833); Holtzman et al. 2020 (top-p, arXiv:1904.09751); Nguyen et al. 2024 (min-p, arXiv:2407.01082);
+Keskar et al. 2019 (repetition penalty, arXiv:1909.05858).
 """
 
 from __future__ import annotations
+
+import math
 
 import chex
 import jax
@@ -78,3 +82,86 @@ def top_p(logits: Array, *, p: float) -> Array:
     keep_ranked = (before < p).at[:, 0].set(True)
     keep = jnp.take_along_axis(keep_ranked, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(keep, logits, -jnp.inf)
+
+
+def min_p(logits: Array, *, p: float) -> Array:
+    """Tokens whose probability is at least `p` times the likeliest one's, −inf elsewhere, [B, V]: logit ≥ max + log p.
+
+    Args:
+      logits: [B, V].
+      p: [0, 1]; 0 keeps all, 1 the likeliest alone and its equals.
+
+    Raises:
+      UserError: p is outside [0, 1].
+
+    See: Nguyen et al. 2024 (arXiv:2407.01082).
+    """
+    chex.assert_rank(logits, 2)
+    if not 0 <= p <= 1:
+        raise UserError(f"sampling.filters: min_p has p = {p}: it must be at least 0 (keeps every token) and at most 1")
+    if p == 0:
+        return logits
+    return jnp.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf)
+
+
+def repetition_penalty(logits: Array, seen: Array, *, penalty: float) -> Array:
+    """Logits of tokens that have been seen, divided by θ where positive and multiplied where negative, [B, V] float32.
+
+    Args:
+      logits: [B, V].
+      seen: [B, V] bool, whether the token stands in the prompt or in what has been generated.
+      penalty: θ > 0; 1 changes nothing, above 1 discourages.
+
+    Raises:
+      UserError: the penalty is not positive.
+
+    See: Keskar et al. 2019, section 4.1 (arXiv:1909.05858), who divide negative logits too, which encourages such tokens; multiplied as in
+    every implementation since.
+    """
+    chex.assert_equal_shape([logits, seen])
+    if not penalty > 0:
+        raise UserError(f"sampling.filters: repetition_penalty has penalty = {penalty}: it must be positive (1 changes nothing)")
+    if penalty == 1:
+        return logits
+    logits = logits.astype(jnp.float32)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def count_penalty(logits: Array, counts: Array, *, presence: float, frequency: float) -> Array:
+    """logits − α · 1[count > 0] − β · count, [B, V] float32.
+
+    Args:
+      logits: [B, V].
+      counts: [B, V] int32, how often the token has been generated; the prompt does not count.
+      presence: α, nats; 0 = none.
+      frequency: β, nats per occurrence; 0 = none.
+
+    See: OpenAI's API reference, `presence_penalty` and `frequency_penalty`.
+    """
+    chex.assert_equal_shape([logits, counts])
+    if presence == 0 and frequency == 0:
+        return logits
+    return logits.astype(jnp.float32) - presence * (counts > 0) - frequency * counts
+
+
+def add_bias(logits: Array, bias: Array) -> Array:
+    """logits + bias, [B, V] float32.
+
+    Args:
+      logits: [B, V].
+      bias: [V] float32 nats, finite.
+    """
+    chex.assert_shape(bias, logits.shape[-1:])
+    return logits.astype(jnp.float32) + bias[None, :]
+
+
+def ban(logits: Array, banned: Array) -> Array:
+    """−inf where `banned`, [B, V]; a row that would lose every token keeps them all, since something has to be drawn.
+
+    Args:
+      logits: [B, V].
+      banned: [B, V] bool, or [1, V] for every row.
+    """
+    chex.assert_equal_rank([logits, banned])
+    kept = jnp.where(banned, -jnp.inf, logits)
+    return jnp.where((kept > -jnp.inf).any(axis=-1, keepdims=True), kept, logits)

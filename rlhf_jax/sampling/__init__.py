@@ -1,5 +1,6 @@
-"""Sampling from a policy: prefill and a scanned decode."""
+"""Sampling from a policy: prefill and a compiled decode, with filters composed from the config."""
 
-from rlhf_jax.sampling.sampler import draw, generate, generate_against, row_keys
+from rlhf_jax.sampling.filters import Filters
+from rlhf_jax.sampling.sampler import draw, generate, generate_against, pick, row_keys
 
-__all__ = ["draw", "generate", "generate_against", "row_keys"]
+__all__ = ["Filters", "draw", "generate", "generate_against", "pick", "row_keys"]

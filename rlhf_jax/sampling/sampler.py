@@ -1,20 +1,42 @@
-"""Generation: prefill, then a `lax.scan` that decodes one token per step into an explicit KV cache.
+"""Generation: prefill, then a compiled loop that decodes one token per step into an explicit KV cache.
 
-Prompts are padded on the left, so that step i writes slot P + i in every row. Randomness is counter-based (law 6): a row's key is folded
-from (run key, iteration, prompt id, sample id) and a token's key from (row key, tokens generated so far), so what a row draws does not
-depend on its neighbours, its slot or the number of devices. A row that has drawn a stop token emits padding from then on.
+Prompts are padded on the left, so that step i writes slot P + i in every row; the rows of a group share one prompt, which is prefilled once.
+Randomness is counter-based (law 6): a row's key is folded from (run key, iteration, prompt id, sample id) and a token's key from (row key, tokens
+generated so far), so what a row draws does not depend on its neighbours, its slot or the number of devices. A row that has drawn a stop token, or the
+token that completes a stop string, emits padding from then on; between two chunks of steps the loop ends if every row has.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops import logit_filters, vocab
+from rlhf_jax.ops import categorical, logit_filters, vocab
+from rlhf_jax.sampling import filters as composed
+from rlhf_jax.sampling.filters import Filters, State
 from rlhf_jax.types import Array, Prompts, Purpose, Rollout, Sequences
+
+CHUNK = 32  # steps between two looks at whether every row is done; on several devices a look is a reduction over all of them
+
+
+class Pick(NamedTuple):
+    """One drawn token per row."""
+
+    token: Array  # [B] int32
+    logp: Array  # [B] float32 nats, of the distribution drawn from
+    plain: Array | None  # [B] float32 nats, unfiltered at the same temperature; None: they are `logp`, no filter changes anything
+
+
+class _Drawn(NamedTuple):
+    """What was drawn, step by step, [N, B] each."""
+
+    token: Array
+    logp: Array
+    plain: Array | None
+    real: Array
 
 
 def row_keys(key: Array, iteration: Array | int, prompt_ids: Array, sample_ids: Array) -> Array:
@@ -45,21 +67,44 @@ def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: f
       tokens [B] int32, log-probs [B] float32 nats.
     """
     chex.assert_rank([logits, keys], [2, 1])
+    picked, _ = pick(logits, keys, State(), temperature=temperature, top_k=top_k, top_p=top_p, filters=composed.NONE)
+    return picked.token, picked.logp
+
+
+def pick(logits: Array, keys: Array, state: State, *, temperature: float, top_k: int, top_p: float, filters: Filters) -> tuple[Pick, State]:
+    """`draw` with a list of filters: its edits, temperature, top-k, top-p, its cuts.
+
+    Args:
+      logits: [B, V] float32.
+      keys: [B] typed keys.
+      state: of the filters, before this token; `filters.observe` moves it on.
+      temperature, top_k, top_p: as in `draw`.
+      filters: as composed from the config.
+
+    Returns:
+      what was drawn, and the state. With a temperature of 0 `plain` is read at temperature 1.
+    """
+    chex.assert_rank([logits, keys], [2, 1])
+    edited, state = filters.edit(logits, state)
     if temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
-    logits = logit_filters.top_p(logit_filters.top_k(logit_filters.temperature(logits, t=temperature), k=top_k), p=top_p)
-    tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    return tokens, vocab.logps(logits, tokens)
+        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+        return Pick(token, jnp.zeros(logits.shape[0], jnp.float32), vocab.logps(logits, token)), state
+    kept = logit_filters.top_p(logit_filters.top_k(logit_filters.temperature(edited, t=temperature), k=top_k), p=top_p)
+    kept, state = filters.cut(kept, state)
+    token, logp = categorical.draw(keys, kept)
+    filtered = bool(filters.edits or filters.cuts or 0 < top_k < logits.shape[-1] or top_p < 1)
+    plain = vocab.logps(logit_filters.temperature(logits, t=temperature), token) if filtered else None
+    return Pick(token, logp, plain), state
 
 
 def generate(
     nets: Any, prompts: Prompts, key: Array, *, iteration: Array | int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    stop_ids: tuple[int, ...], pad_id: int,
+    stop_ids: tuple[int, ...], pad_id: int, filters: Filters = composed.NONE, group_size: int = 1, chunk: int = CHUNK,
 ) -> Rollout:
     """Samples one completion per row.
 
     Args:
-      nets: has `prefill` and `decode` (models/networks.py).
+      nets: has `decoding`, `prefill` and `decode` (models/networks.py).
       prompts: [B, P], padded on the left.
       key: [] typed key of the run.
       iteration: [] int32, folded into every row's key, and the rollout's `version`.
@@ -67,6 +112,9 @@ def generate(
       temperature, top_k, top_p: as in `draw`.
       stop_ids: tokens that end a row; the stop token itself is kept and trained on.
       pad_id: what fills the slots after the end; it may equal a stop token, since padding is known by its segment id.
+      filters: further filters, and the stop strings; the token that completes one ends the row as a stop token does.
+      group_size: G, divides B; each G neighbours have the same prompt, and it is prefilled once. 1: every row its own.
+      chunk: steps after which decoding ends if every row is done; 0 = never. It changes no token.
 
     Returns:
       A rollout of [B, P + N] rows: prompt slots, then N new ones. Segment id 0 marks padding on both sides; `loss_mask` marks the
@@ -75,40 +123,76 @@ def generate(
     chex.assert_rank([prompts.tokens, prompts.prompt_ids], [2, 1])
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: sample at least one token")
-    width = prompts.tokens.shape[1]
+    nets, width = nets.decoding(), prompts.tokens.shape[1]
     slots = width + max_new_tokens
     keys = row_keys(key, iteration, prompts.prompt_ids, prompts.sample_ids)
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
     prompt_visible = jnp.pad(prompts.segment_ids != 0, ((0, 0), (0, max_new_tokens)))
     slot_index = jnp.arange(slots)[None, :]
 
-    def pick(logits: Array, count: Array | int) -> tuple[Array, Array]:
+    def emit(logits: Array, done: Array, state: State, count: Array | int, drawn: _Drawn | None) -> tuple[Array, Array, State, _Drawn]:
         token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
-        return draw(logits, token_keys, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    def emit(logits: Array, done: Array, count: Array | int) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-        token, logp = pick(logits, count)
-        token, logp = jnp.where(done, pad_id, token), jnp.where(done, 0.0, logp)
+        picked, state = pick(logits, token_keys, state, temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
+        state = filters.observe(state, picked.token)
+        token = jnp.where(done, pad_id, picked.token)
+        plain = None if picked.plain is None else jnp.where(done, 0.0, picked.plain)
+        new = _Drawn(token, jnp.where(done, 0.0, picked.logp), plain, ~done)
         stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(done)
-        return (token, done | stopped), (token, logp, ~done)
+        if drawn is None:  # what an early end leaves unwritten is padding
+            drawn = jax.tree.map(lambda x: jnp.zeros((max_new_tokens, *x.shape), x.dtype), new)._replace(
+                token=jnp.full((max_new_tokens, *token.shape), pad_id, token.dtype))
+        drawn = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, count, 0), drawn, new)
+        return token, filters.ended(done | stopped, state), state, drawn
 
-    def step(carry: Any, count: Array) -> Any:
-        token, done, cache = carry
+    def step(count: Array, carry: Any) -> Any:
+        token, done, state, drawn, cache = carry
         slot = width + count - 1
         # A finished row goes on decoding padding that nobody reads: its rows of the cache are its own.
         visible = prompt_visible | ((slot_index >= width) & (slot_index <= slot))
         logits, cache = nets.decode(token, lengths + count - 1, slot, visible, cache)
-        (token, done), out = emit(logits, done, count)
-        return (token, done, cache), out
+        return *emit(logits, done, state, count, drawn), cache
 
-    logits, cache = nets.prefill(prompts.tokens, prompts.positions, prompts.segment_ids, slots)
-    (token, done), first = emit(logits, ~prompts.real, 0)
-    (_, done, _), rest = jax.lax.scan(step, (token, done, cache), jnp.arange(1, max_new_tokens))
-    tokens, logps, real = (jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip(first, rest, strict=True))
-    return _assemble(prompts, lengths, tokens, logps, real, ~done, jnp.asarray(iteration, jnp.int32))
+    logits, cache = _prefill(nets, prompts, slots, group_size)
+    carry = (*emit(logits, ~prompts.real, filters.start(prompts, logits.shape[-1]), 0, None), cache)
+    _, done, _, drawn, _ = _loop(step, carry, max_new_tokens, chunk)
+    drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
+    return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32))
 
 
-def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, **settings: Any) -> Rollout:
+def _prefill(nets: Any, prompts: Prompts, slots: int, group_size: int) -> tuple[Array, Any]:
+    """Logits after the prompts and their cache, each group's prompt computed once. Rows are the fourth axis from the end of what a cache holds."""
+    read = (prompts.tokens, prompts.positions, prompts.segment_ids)
+    if group_size == 1:
+        return nets.prefill(*read, slots)
+    chex.assert_is_divisible(prompts.tokens.shape[0], group_size)
+    logits, cache = nets.prefill(*(x.reshape(-1, group_size, *x.shape[1:])[:, 0] for x in read), slots)
+    return _repeat(logits, 0, group_size), jax.tree.map(lambda x: _repeat(x, x.ndim - 4, group_size), cache)
+
+
+def _repeat(x: Array, axis: int, times: int) -> Array:
+    """jnp.repeat, as a broadcast, which a sharded array does not have to move for."""
+    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
+    return jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape).reshape(*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :])
+
+
+def _loop(step: Any, carry: Any, steps: int, chunk: int) -> Any:
+    """`step(i, carry)` for i = 1 … steps − 1, or as far as the end of the chunk in which the last row was done (carry[1])."""
+    if chunk == 0 or steps - 1 <= chunk:
+        return jax.lax.fori_loop(1, steps, step, carry)
+
+    def more(at: Any) -> Array:
+        count, (_, done, *_) = at
+        return (count < steps) & ~done.all()
+
+    def advance(at: Any) -> Any:
+        count, carry = at
+        end = jnp.minimum(count + chunk, steps)
+        return end, jax.lax.fori_loop(count, end, step, carry)
+
+    return jax.lax.while_loop(more, advance, (jnp.int32(1), carry))[1]
+
+
+def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, group_size: int = 1, **settings: Any) -> Rollout:
     """`generate`, with every second row drawn by an opponent: even samples of a prompt are the policy's, odd ones the opponent's.
 
     A row draws what it would draw among rows of its own drawer alone, since its key is a function of its own counters. `sampler_logps` are those of
@@ -116,9 +200,10 @@ def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, **s
 
     Args:
       nets: the policy; draws rows 0, 2, 4 …
-      opponent: has `prefill` and `decode`; draws rows 1, 3, 5 …
+      opponent: has `decoding`, `prefill` and `decode`; draws rows 1, 3, 5 …
       prompts: [B, P], both samples of a pair neighbours.
       key: [] typed key of the run.
+      group_size: G, even or 1; each G neighbours have the same prompt, half of them are the policy's.
       settings: as in `generate`.
 
     Returns:
@@ -127,27 +212,30 @@ def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, **s
     chex.assert_is_divisible(prompts.prompt_ids.shape[0], 2)
     # Strided: the contiguous split of a sharded batch, or a concatenation of its halves, would make the partitioner move rows.
     mine, theirs = (jax.tree.map(lambda x, k=k: x.reshape(-1, 2, *x.shape[1:])[:, k], prompts) for k in (0, 1))
-    rolled = generate(nets, mine, key, **settings), generate(opponent, theirs, key, **settings)
+    each = max(group_size // 2, 1)
+    rolled = generate(nets, mine, key, group_size=each, **settings), generate(opponent, theirs, key, group_size=each, **settings)
     return jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *rolled)
 
 
-def _assemble(prompts: Prompts, lengths: Array, tokens: Array, logps: Array, real: Array, truncated: Array, iteration: Array) -> Rollout:
-    """Puts prompt and new slots together; new arrays are [B, N]."""
+def _assemble(prompts: Prompts, lengths: Array, drawn: _Drawn, truncated: Array, iteration: Array) -> Rollout:
+    """Puts prompt and new slots together; what was drawn is [B, N]."""
     batch, width = prompts.tokens.shape
-    count = tokens.shape[1]
-    positions = jnp.where(real, lengths[:, None] + jnp.arange(count)[None, :], 0)
+    count = drawn.token.shape[1]
+    positions = jnp.where(drawn.real, lengths[:, None] + jnp.arange(count)[None, :], 0)
     join = lambda left, right: jnp.concatenate([left, right], axis=1)  # noqa: E731
     zeros = jnp.zeros((batch, width), jnp.float32)
     seqs = Sequences(
-        tokens=join(prompts.tokens, tokens),
+        tokens=join(prompts.tokens, drawn.token),
         positions=join(prompts.positions, positions.astype(jnp.int32)),
-        segment_ids=join(prompts.segment_ids, real.astype(jnp.int32)),
-        loss_mask=join(zeros.astype(bool), real),
+        segment_ids=join(prompts.segment_ids, drawn.real.astype(jnp.int32)),
+        loss_mask=join(zeros.astype(bool), drawn.real),
         loss_positions=jnp.broadcast_to(width + jnp.arange(count, dtype=jnp.int32)[None, :], (batch, count)),
     )
+    sampler_logps = join(zeros, drawn.logp)
     return Rollout(
         seqs=seqs,
-        sampler_logps=join(zeros, logps),
+        sampler_logps=sampler_logps,
+        plain_logps=sampler_logps if drawn.plain is None else join(zeros, drawn.plain),
         prompt_ids=prompts.prompt_ids,
         sample_ids=prompts.sample_ids,
         group_ids=prompts.group_ids,

@@ -10,13 +10,14 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax import objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.sampling import filters
 from rlhf_jax.train import optimizer
 from rlhf_jax.types import Comparisons, Labelled, Rollout, Sequences, Unpaired
 
@@ -83,7 +84,7 @@ ONLINE: dict[str, Any] = {
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
-        "top_p": Number(float, 0.0, 1.0, above=True),
+        "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence,
     },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
@@ -239,6 +240,7 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
     if "ptx" in c and c["ptx"]["max_length"] > model.context:
         raise UserError(f"config.ptx.max_length = {c['ptx']['max_length']} exceeds config.model.context = {model.context}")
     sampling = c["sampling"]
+    filters.check(sampling["filters"], sampling["stop_strings"])
     if run["batch_size"] % sampling["group_size"]:
         raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
                         f"config.sampling.group_size = {sampling['group_size']}")

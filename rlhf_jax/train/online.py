@@ -18,10 +18,12 @@ from rlhf_jax.rewards import learned
 from rlhf_jax.types import Array, Prompts, PyTree, Rollout, TrainState
 
 Stage = Callable[..., Any]
+NO_FILTERS = sampling.Filters()
 
 
 def make_rollout(
-    spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, opponent: Callable[[Networks], Any] | None = None
+    spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, opponent: Callable[[Networks], Any] | None = None,
+    filters: sampling.Filters = NO_FILTERS, group_size: int = 1,
 ) -> Stage:
     """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row, beside the second data set's rows that came with the prompts.
 
@@ -30,13 +32,15 @@ def make_rollout(
       options: config.sampling.
       stop_ids, pad_id: from the tokenizer.
       opponent: the objective's; what it makes of the networks draws every second row. None: the policy draws all.
+      filters: config.sampling.filters and stop_strings, composed.
+      group_size: rows per prompt in the prompts to come, neighbours; 1 where they come one by one, as in a validation.
     """
 
     def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array, iteration: Array) -> Rollout:
         nets = Networks(params, frozen, spec)
         settings: dict[str, Any] = dict(
             iteration=iteration, max_new_tokens=options["max_new_tokens"], temperature=spec.temperature, top_k=options["top_k"],
-            top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id,
+            top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id, filters=filters, group_size=group_size,
         )
         if opponent is None:
             rolled = sampling.generate(nets, prompts, key, **settings)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from rlhf_jax import distributed, sharding
+from rlhf_jax import distributed, sampling, sharding
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Networks
@@ -50,11 +50,15 @@ class Programs:
         if not exp.online:
             self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
         else:
+            options = exp.config["sampling"]
+            assert exp.spec.policy is not None
+            filters = sampling.filters.build(options["filters"], options["stop_strings"], tokenizer=exp.tokenizer,
+                                             vocab_size=exp.spec.policy.vocab_size)
             rollout = functools.partial(
-                online.make_rollout, exp.spec, exp.config["sampling"], stop_ids=exp.tokenizer.stop_ids, pad_id=exp.tokenizer.pad_id
+                online.make_rollout, exp.spec, options, stop_ids=exp.tokenizer.stop_ids, pad_id=exp.tokenizer.pad_id, filters=filters
             )
             self.rollout = rollout()  # the policy alone, which is what validation measures
-            contested = rollout(opponent=exp.objective.opponent)
+            contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"])
             self._rollout = sharding.jit(contested, exp.mesh)
             self.score: Any = self._reward() if exp.scored else None
             if self._fused:

@@ -98,3 +98,47 @@ def test_settings_out_of_range_name_the_config_key(call):
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 1.0])
+def test_min_p(p):
+    for logits in (LOGITS, TIES):
+        got = filters.min_p(jnp.asarray(logits), p=p)
+        weights = np.exp(logits.astype(np.float64))
+        assert kept(got) == [{v for v in range(len(row)) if row[v] >= p * max(row) * (1 - 1e-6)} for row in weights]
+    assert filters.min_p(LOGITS, p=0) is LOGITS
+
+
+def test_penalties_and_bias_against_loops():
+    rng = np.random.default_rng(3)
+    seen, counts, bias = rng.random(LOGITS.shape) < 0.4, rng.integers(0, 4, LOGITS.shape), rng.normal(size=LOGITS.shape[1]).astype(np.float32)
+    got = [np.asarray(x) for x in (
+        filters.repetition_penalty(jnp.asarray(LOGITS), jnp.asarray(seen), penalty=1.7),
+        filters.count_penalty(jnp.asarray(LOGITS), jnp.asarray(counts), presence=0.3, frequency=0.0),
+        filters.count_penalty(jnp.asarray(LOGITS), jnp.asarray(counts), presence=0.3, frequency=-0.2),
+        filters.add_bias(jnp.asarray(LOGITS), jnp.asarray(bias)),
+    )]
+    for (b, v), z in np.ndenumerate(LOGITS):
+        penalised = (z / 1.7 if z > 0 else z * 1.7) if seen[b, v] else z
+        shown = z - (0.3 if counts[b, v] else 0)
+        np.testing.assert_allclose([x[b, v] for x in got], [penalised, shown, shown + 0.2 * counts[b, v], z + bias[v]], rtol=1e-6, atol=1e-6)
+    same = jnp.asarray(LOGITS)
+    assert filters.repetition_penalty(same, jnp.asarray(seen), penalty=1) is same
+    assert filters.count_penalty(same, jnp.asarray(counts), presence=0, frequency=0) is same
+
+
+def test_a_ban_that_would_leave_nothing_is_lifted():
+    banned = np.zeros(LOGITS.shape, bool)
+    banned[0, :4], banned[1] = True, True
+    got = filters.ban(jnp.asarray(LOGITS), jnp.asarray(banned))
+    assert kept(got) == [set(range(4, 11))] + [set(range(11))] * 5
+    np.testing.assert_array_equal(got[1:], LOGITS[1:])
+
+
+@pytest.mark.parametrize("call", [
+    lambda: filters.min_p(jnp.ones((1, 3)), p=1.1),
+    lambda: filters.repetition_penalty(jnp.ones((1, 3)), jnp.ones((1, 3), bool), penalty=0.0),
+])
+def test_filters_out_of_range_name_the_config_key(call):
+    with pytest.raises(UserError, match=r"sampling\.filters"):
+        call()

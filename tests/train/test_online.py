@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_jax import checkpoint, sampling
 from rlhf_jax.data.encode import Encoder
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import host, learned
@@ -229,6 +230,30 @@ def test_adaptive_kl_coefficient(tmp_path: pathlib.Path) -> None:
     (tmp_path / "final.json").unlink()
     train(config, str(tmp_path))
     assert outcome(tmp_path) == undisturbed
+
+
+# --- filters ---
+
+
+def test_filters_and_stop_strings_of_the_config(tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
+    """Groups of four write three letters alone, never "bb", and end with "ab"; what was sampled is what is logged, scored and trained on, and the
+    unfiltered log-probs of the sampler are the trainer's."""
+    rollouts.clear()
+    letters = tuple(Tokenizer.byte_level().encode("abc")[0].tolist())
+    listed = ({"name": "allowed", "ids": letters}, {"name": "bad_words", "words": ("bb",)}, {"name": "min_p", "p": 0.01})
+    config = tiny("grpo", {**SHORT, "run.steps": 1, "sampling.filters": listed, "sampling.stop_strings": ("ab",), "sampling.temperature": 1.5,
+                           "sampling.max_new_tokens": 12})
+    train(config, str(tmp_path))
+    exp, (rolled,) = assemble(*check(config)), rollouts
+    said = rows(tmp_path / "samples.jsonl")
+    assert len(said) == 8 and any(row["ended"] for row in said)
+    for row in said:
+        text = row["response"]
+        assert set(text) <= set("abc") and "bb" not in text and "ab" not in text[:-1]
+        assert row["ended"] == text.endswith("ab") and (row["ended"] or len(text) == 12)
+    plain = jax.jit(lambda params, seqs: Networks(params, exp.frozen, exp.spec).policy(seqs).logps)(exp.start.state().params, rolled.seqs)
+    mask = rolled.seqs.loss_mask
+    assert np.abs(np.asarray(plain) - rolled.plain_logps)[mask].max() <= 1e-4 < np.abs(rolled.plain_logps - rolled.sampler_logps)[mask].min()
 
 
 # --- opponents ---
