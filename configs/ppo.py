@@ -19,8 +19,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.trainable = ".*"  # regular expression over parameter paths; what does not match stays frozen
     c.reference_from = "init"  # "" = none; "init" = the initial policy; or a run
     c.reward_from = ""  # a reward model's run; or
-    c.reward_fn = ""  # dotted path of a function (prompts, responses, references) -> scores
-    c.reward_normalise = True  # by the mean and deviation stored with the reward model
+    c.reward_fn = ""  # rules.NAME, or dotted path of a function (prompts, responses, references) -> scores; or
+    c.rewards = ()  # several, weighted: dicts, see rlhf_jax/rewards/README.md
+    c.reward_normalise = True  # reward_from, by the mean and deviation stored with it
+    c.reward_failure = ConfigDict(dict(  # a function that raises, takes too long or returns no finite number
+        policy="raise", default=0.0,  # raise | mask (no training on the row) | default (this number instead)
+        timeout=0.0,  # seconds a call may take; 0 = as long as it takes
+    ))
     c.fused = True  # one jitted iteration where the reward allows it
     c.critic = ConfigDict(dict(kind="separate", init_from="policy"))  # none | shared (trunk) | separate; init_from: policy | a run | ""
 

@@ -41,7 +41,7 @@ def filled(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     if config.tokenizer.kind == "file":
         config.tokenizer.path = str(workdir)
     needs = objectives.bind(config.objective.to_dict()).needs
-    if config.data.kind == "prompt" and "reward" in needs and not config.reward_fn:
+    if config.data.kind == "prompt" and "reward" in needs and not config.reward_fn and not config.rewards:
         config.reward_from = config.reward_from or str(workdir)
     if needs & {"reference", "teacher"}:
         config.reference_from = config.reference_from or "init"
@@ -147,7 +147,7 @@ def _abstract(path: pathlib.Path, variant: str, monkeypatch: pytest.MonkeyPatch)
     config = load_config(f"{path}:{variant}")
     config.tokenizer.kind = "byte"
     if config.data.kind == "prompt" and "reward" in objectives.bind(config.objective.to_dict()).needs:
-        config.reward_fn, config.reward_normalise = "rlhf_jax.rewards.rules.brevity", False
+        config.reward_fn, config.rewards, config.reward_normalise = "rlhf_jax.rewards.rules.brevity", (), False
     original = Start.frozen
     monkeypatch.setattr(Start, "frozen", lambda self, **how: jax.eval_shape(functools.partial(original, self, **how)))
     monkeypatch.setattr(Start, "state", lambda self: pytest.fail("a state was allocated"))

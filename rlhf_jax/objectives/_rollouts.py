@@ -37,8 +37,8 @@ def raw_scores(batch: Rollout) -> Array:
 def known_scores(batch: Rollout) -> tuple[Array, Array]:
     """The score of each completion, 0 where there is none, and whether there is one, [B] each.
 
-    A completion that cannot be judged has the score NaN; it enters no baseline and is not trained on. (config.reward_fn may not return NaN:
-    it is an error there. A score of one's own may.)
+    A completion that cannot be judged has the score NaN; it enters no baseline and is not trained on. (config.reward_failure
+    says whether a reward that fails ends in NaN here, or in an error or another number before.)
 
     Args:
       batch: the rollout.

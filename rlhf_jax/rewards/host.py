@@ -10,10 +10,12 @@ control tokens.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,18 +24,20 @@ import numpy as np
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.rewards.deadline import call_within
 from rlhf_jax.types import Array, Sequences
 
 Messages = Sequence[Message]
-RewardFn = Callable[[list[list[Message]], list[str], list[dict[str, Any] | None]], Sequence[float]]
+RewardFn = Callable[[list[list[Message]], list[str], list[dict[str, Any] | None]], Sequence[Any]]  # numbers, or `Failed`
 
 
-def load_reward_fn(dotted: str, key: str = "config.reward_fn") -> RewardFn:
+def load_reward_fn(dotted: str, key: str = "config.reward_fn", parameters: Mapping[str, Any] | None = None) -> RewardFn:
     """The user's function behind `package.module.function` (or `package.module:function`).
 
     Args:
       dotted: the path; its module must be importable.
       key: the config key that messages name.
+      parameters: keyword arguments that it gets in every call.
 
     Returns:
       `(prompts, responses, references) -> rewards`: lists of one length; a prompt is its messages, a reference the data file's object.
@@ -57,9 +61,18 @@ def load_reward_fn(dotted: str, key: str = "config.reward_fn") -> RewardFn:
         functions = [member for member, value in vars(module).items() if callable(value) and not member.startswith("_")]
         raise UserError(f"{key} expected a function of {module_name}, got {name!r}{nearest(name, functions)}")
     function = getattr(module, name)
-    if not callable(function) or not _takes_three(function):
-        raise UserError(f"{key} expected a function (prompts, responses, references) -> rewards, got {dotted!r}; change its arguments")
-    return function
+    keywords = dict(parameters or {})
+    if not callable(function) or not _takes_three(function, keywords):
+        also = f" with {', '.join(keywords)}" if keywords else ""
+        raise UserError(f"{key} expected a function (prompts, responses, references){also} -> rewards, got {dotted!r}; change its arguments")
+    return functools.partial(function, **keywords) if keywords else function
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """What a reward function returns for a row that it cannot judge, in place of a number."""
+
+    reason: str
 
 
 def call_reward_fn(
@@ -69,6 +82,9 @@ def call_reward_fn(
     references: Sequence[dict[str, Any] | None],
     *,
     key: str = "config.reward_fn",
+    failures: dict[int, str] | None = None,
+    timeout: float = 0.0,
+    each: bool = False,
 ) -> np.ndarray:
     """The rewards of real rows, checked. The function gets copies of the lists, so that it cannot change the caller's.
 
@@ -78,34 +94,58 @@ def call_reward_fn(
       responses: B texts.
       references: B objects of the data file, or None.
       key: the config key that messages name.
+      failures: gets the reason of each row without a reward, by row; None: the first failure is an error. A row fails alone where its own value is
+        not a finite number or `Failed`, with all others of its call where the call raised, took too long or returned another number of values.
+      timeout: seconds a call may take; 0 = as long as it takes.
+      each: one call per row.
 
     Returns:
-      [B] float32, finite.
+      [B] float32, finite; NaN on the rows in `failures`.
 
     Raises:
-      UserError: the function raised, or returned anything but B finite numbers; names the first bad sample.
+      UserError: the function failed, with no `failures` to note it in; names the first bad sample.
     """
     count = len(responses)
     if not len(prompts) == count == len(references):
         raise ValueError(f"call_reward_fn: {len(prompts)} prompts, {count} responses, {len(references)} references")
-    if not count:
-        return np.zeros(0, np.float32)
-    try:
-        returned = function([list(prompt) for prompt in prompts], list(responses), list(references))
-        rewards = list(returned)
-    except Exception as error:
-        sample = _show(prompts[0], responses[0])
-        raise UserError(f"{key} raised {type(error).__name__}: {error}; it was given {count} samples, the first being {sample}") from error
-    if len(rewards) != count:
-        raise UserError(f"{key} expected {count} rewards, one per response, got {len(rewards)}; return a number for each, 0.0 if need be")
     values = np.zeros(count, np.float32)
-    for index, reward in enumerate(rewards):
-        number = _as_number(reward)
-        if number is None:
-            sample = _show(prompts[index], responses[index])
-            raise UserError(f"{key} expected finite numbers, got {reward!r} for sample {index}, {sample}; return a finite float for it")
-        values[index] = number
+    for rows in [range(i, i + 1) for i in range(count)] if each else [range(count)] if count else []:
+        _call_on(function, rows, (prompts, responses, references), values, key, failures, timeout)
     return values
+
+
+def _call_on(function: RewardFn, rows: range, samples: tuple[Sequence[Any], Sequence[Any], Sequence[Any]], values: np.ndarray, key: str,
+             failures: dict[int, str] | None, timeout: float) -> None:
+    """One call, its values or the reasons of their absence written at `rows`."""
+    prompts, responses, references = ([column[row] for row in rows] for column in samples)
+    show = lambda row: _show(samples[0][row], samples[1][row])  # noqa: E731
+
+    def fail(row: int, reason: str, sentence: str, cause: Exception | None = None) -> None:
+        if failures is None:
+            raise UserError(sentence) from cause
+        failures[row], values[row] = reason, np.nan
+
+    try:
+        rewards = list(call_within(timeout, lambda: function([list(prompt) for prompt in prompts], responses, references)))
+    except Exception as error:
+        reason = f"raised {type(error).__name__}: {error}"
+        for row in rows:
+            fail(row, reason, f"{key} {reason}; it was given {len(rows)} samples, the first being {show(rows[0])}", error)
+        return
+    if len(rewards) != len(rows):
+        for row in rows:
+            fail(row, f"returned {len(rewards)} rewards for {len(rows)} responses",
+                 f"{key} expected {len(rows)} rewards, one per response, got {len(rewards)}; return a number for each, 0.0 if need be")
+        return
+    for row, reward in zip(rows, rewards):
+        number = _as_number(reward)
+        if isinstance(reward, Failed):
+            fail(row, reward.reason, f"{key} failed on sample {row}, {show(row)}: {reward.reason}; set config.reward_failure.policy to go on")
+        elif number is None:
+            fail(row, f"returned {reward!r}",
+                 f"{key} expected finite numbers, got {reward!r} for sample {row}, {show(row)}; return a finite float for it")
+        else:
+            values[row] = number
 
 
 def response_tokens(encoder: Encoder, prompt: Messages, response: str, ended: bool) -> np.ndarray:
@@ -200,9 +240,9 @@ class RetokenisedReward:
         return np.where([prompt is not None for prompt in prompts], scores, np.float32(0.0))
 
 
-def _takes_three(function: Callable) -> bool:
+def _takes_three(function: Callable, keywords: Mapping[str, Any]) -> bool:
     try:
-        inspect.signature(function).bind([], [], [])
+        inspect.signature(function).bind([], [], [], **keywords)
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature: only the call can tell
@@ -212,7 +252,7 @@ def _takes_three(function: Callable) -> bool:
 
 def _as_number(reward: Any) -> float | None:
     """The reward as a float, or None where it is no finite number that float32 holds."""
-    if isinstance(reward, str | bytes) or reward is None:
+    if isinstance(reward, str | bytes | Failed) or reward is None:
         return None
     try:
         number = float(reward)

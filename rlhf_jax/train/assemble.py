@@ -26,6 +26,7 @@ from rlhf_jax.models.networks import merge
 from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import PROVENANCE, Source, chat_template, load_source, place
 from rlhf_jax.train import optimizer as optimizers
+from rlhf_jax.train import reward_networks
 from rlhf_jax.train.config import INHERIT, trained_rows
 from rlhf_jax.train.start import Start
 from rlhf_jax.types import PyTree
@@ -49,7 +50,8 @@ class Experiment:
     ptx_data: Any  # config.ptx, whose rows go with the prompts; None without the section
     frozen: PyTree
     start: Start
-    reward: Source | None  # the learned reward, for prompts
+    reward: Source | None  # config.reward_from
+    rewards: Mapping[str, Mapping[str, reward_networks.RewardNetwork]]  # networks among config.rewards, by label and role
     base: str | None  # the checkpoint that adapters lie on, which theirs do not repeat; None: checkpoints hold whole networks
     provenance: Mapping[str, Any]  # what checkpoints keep of the initial one's meta: its fingerprint, and what the way back to Hugging Face needs
 
@@ -60,7 +62,7 @@ class Experiment:
     @property
     def scored(self) -> bool:
         """Whether completions get a score; an objective that needs none may not be given one (train.config)."""
-        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"])
+        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"] or self.config.get("rewards"))
 
     def batch(self, index: int) -> PyTree:
         """This host's rows of training batch `index`, those of the second data set among them: a function of (config.seed, index) alone."""
@@ -207,6 +209,7 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
         if longest > reward.config.context:
             raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {longest} exceeds the context of {reward.config.context} "
                             f"that config.reward_from = {reward.path!r} was trained with")
+    rewards = reward_networks.load(config, tokenizer, model) if online else {}
     critic = None
     if online and config["critic"]["kind"] == "separate" and config["critic"]["init_from"] not in ("", "policy"):
         critic = load_source(config["critic"]["init_from"], "config.critic.init_from")
@@ -229,13 +232,14 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
 
     configs, loaded = _trained_networks(config, model, init, critic)
     frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh)
+    frozen |= reward_networks.placed(rewards, mesh)
     spec = NetworkSpec(**configs, **frozen_configs, temperature=config["sampling"]["temperature"] if online else 1.0)
     tx, rate = optimizers.build(config["optimizer"], steps * config["run"]["epochs"] * config["run"]["minibatches"])
     start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen)
     frozen |= start.frozen(reference_is_start=config["reference_from"] == "init")
     return Experiment(
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
-        train_data=train_data, valid_data=valid_data, ptx_data=ptx_data, frozen=frozen, start=start, reward=reward,
+        train_data=train_data, valid_data=valid_data, ptx_data=ptx_data, frozen=frozen, start=start, reward=reward, rewards=rewards,
         base=init.origin if init is not None and config["lora"]["rank"] else None,
         provenance=_provenance(init),
     )

@@ -17,6 +17,7 @@ from rlhf_jax import objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.rewards import entries
 from rlhf_jax.sampling import filters
 from rlhf_jax.train import optimizer
 from rlhf_jax.types import Comparisons, Labelled, Rollout, Sequences, Unpaired
@@ -87,7 +88,12 @@ ONLINE: dict[str, Any] = {
         "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence,
     },
 }
+OPTIONAL: dict[str, Any] = {  # online, of older configs
+    "rewards": object,  # entries, checked by rewards.entries; in the place of reward_from and reward_fn
+    "reward_failure": {"policy": ("raise", "mask", "default"), "default": Number(float), "timeout": Number(float, 0.0)},  # timeout: seconds; 0 = none
+}
 OFFLINE: dict[str, Any] = {"reference_from": str}
+RUNS = ("run", "reference")  # parameters of config.rewards' networks that name checkpoints
 INHERIT = "inherit"  # config.model.family: the architecture of config.init_from
 PTX: dict[str, Any] = {  # a second data set beside the rollouts, run.batch_size rows of it per iteration
     "kind": ("text", "demo"), "train": str, "max_length": NATURAL, "pack": bool, "overlong": ("error", "truncate", "skip"),
@@ -160,7 +166,8 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
         raise UserError(f"config.data.kind = {values['data'].get('kind')!r}: {objective.name} trains on {' or '.join(kinds)} data")
     online = objective.batch_type is Rollout
     _check_ptx(values, objective, online)
-    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE), **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
+    mine = {**ONLINE, **{key: want for key, want in OPTIONAL.items() if key in values}} if online else OFFLINE
+    c = _conform(values, {**SCHEMA, **mine, **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
     model = _model(c)
     for key, pattern in (("trainable", c["trainable"]), ("lora.targets", c["lora"]["targets"])):
         try:
@@ -272,11 +279,12 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     if ("pairs" in needs or objective.opponent is not None) and c["sampling"]["group_size"] % 2:
         raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} takes the samples of a prompt two by two; choose an "
                         "even number")
-    if "reward" in needs and bool(c["reward_from"]) == bool(c["reward_fn"]):
-        raise UserError(f"config.reward_from = {c['reward_from']!r} and config.reward_fn = {c['reward_fn']!r}: set exactly one of them")
-    if "reward" not in needs and (c["reward_from"] or c["reward_fn"]):
-        key = "reward_from" if c["reward_from"] else "reward_fn"
-        raise UserError(f"config.{key} = {c[key]!r}: {name} reads no score; set it to ''")
+    given = [key for key in ("reward_from", "reward_fn", "rewards") if c.get(key)]
+    if "reward" in needs and len(given) != 1:
+        raise UserError(f"config.reward_from = {c['reward_from']!r}, config.reward_fn = {c['reward_fn']!r} and config.rewards = "
+                        f"{c.get('rewards', ())!r}: set exactly one of them")
+    if "reward" not in needs and given:
+        raise UserError(f"config.{given[0]} = {c[given[0]]!r}: {name} reads no score; set it to {type(c[given[0]])()!r}")
 
 
 def _check_files(c: Mapping[str, Any]) -> None:
@@ -286,7 +294,10 @@ def _check_files(c: Mapping[str, Any]) -> None:
             raise UserError(f"config.{key} is empty: name a JSONL file or a folder of them")
         if path and not os.path.exists(path):
             raise UserError(f"config.{key} = {path!r}: no such file or folder")
-    for key in ("init_from", "reference_from", "reward_from"):
-        path = c.get(key, "")
+    runs = {key: c.get(key, "") for key in ("init_from", "reference_from", "reward_from")}
+    for entry in entries.parse(c.get("rewards", ())):
+        if entry.function is None:
+            runs |= {f"{entry.key.removeprefix('config.')}.{name}": path for name, path in entry.parameters.items() if name in RUNS}
+    for key, path in runs.items():
         if path and not (key == "reference_from" and path == "init") and "://" not in path and not os.path.exists(path):
             raise UserError(f"config.{key} = {path!r}: no such run or checkpoint")

@@ -27,7 +27,8 @@ from rlhf_jax.train import metrics as run_log
 from rlhf_jax.train.assemble import Experiment, assemble, full_params
 from rlhf_jax.train.config import check
 from rlhf_jax.train.optimizer import evaluation_params
-from rlhf_jax.train.programs import Programs, completions
+from rlhf_jax.train.programs import Programs
+from rlhf_jax.train.rewarding import completions, failed_samples
 from rlhf_jax.train.start import beside_a_base
 from rlhf_jax.types import PyTree, Rollout, TrainState
 
@@ -122,7 +123,7 @@ class _Run:
         # As float32, which the log's text stands for: values read back must equal those measured, or ties would break differently.
         self.history = [(line["step"], float(np.float32(line[self.validation["metric"]]))) for line in run_log.read_metrics(folder)
                         if self.validation["metric"] in line]
-        self.samples: tuple[int, Rollout] | None = None
+        self.samples: tuple[int, Rollout | None, list[dict[str, Any]]] | None = None
         self.profile, self.tracing = profile, False
 
     def go(self, state: TrainState, start: int) -> Result:
@@ -196,19 +197,20 @@ class _Run:
                             "lower config.optimizer.lr or look at the data; the last checkpoint is intact")
 
     def _sample(self, step: int, rolled: Rollout | None) -> None:
-        """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for."""
+        """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for; those without a reward always."""
         log = self.exp.config["log"]
         if self.samples is not None and distributed.is_lead():
-            at, previous = self.samples
-            rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
-            scored = previous.scores is not None
-            scores = jax.device_get(previous.scores)[: log["samples"]] if scored else [None] * len(rows)
+            at, previous, failures = self.samples
+            rows, scores = [], None
+            if previous is not None:
+                rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
+                scores = np.asarray(jax.device_get(previous.scores))[: log["samples"]] if previous.scores is not None else None
             with (self.folder / "samples.jsonl").open("ab") as file:
-                for row, score in zip(rows, scores, strict=True):
-                    said = {"step": at, **row, **({"score": round(float(score), 6)} if scored else {})}
-                    file.write((json.dumps(said, ensure_ascii=False) + "\n").encode())
+                for row in failed_samples(failures, rows, scores):
+                    file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
+        failures = self.programs.failures if rolled is not None else []
         due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
-        self.samples = (step, rolled) if due and rolled is not None else None
+        self.samples = (step, rolled if due else None, failures) if due or failures else None
 
     def _due(self, step: int) -> bool:
         return bool(self.every and step % self.every == 0) or self.saver.reached_preemption(step)

@@ -45,6 +45,7 @@ METRICS: dict[str, str] = {
     "reward/mean": "reward over all completions [reward]",
     "reward/std": "standard deviation of the rewards [reward]",
     "reward/length_baseline": "accuracy of ranking by length alone [0,1]",
+    "reward/failed": "share of the completions on which a reward failed; config.reward_failure says what becomes of them [0,1]",
     "reward/*": "one component of the reward, by name [reward]",
     "logps/chosen": "log-prob of the preferred branch, Σ over tokens; it may fall while the margin grows [nats]",
     "logps/rejected": "log-prob of the other branch, Σ over tokens [nats]",

@@ -15,7 +15,7 @@ import chex
 from rlhf_jax import sampling
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.rewards import learned
-from rlhf_jax.types import Array, Prompts, PyTree, Rollout, TrainState
+from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
 
 Stage = Callable[..., Any]
 NO_FILTERS = sampling.Filters()
@@ -52,15 +52,15 @@ def make_rollout(
 
 
 def make_score(spec: NetworkSpec, mean: float, std: float) -> Stage:
-    """`(params, frozen, rollout) -> [B]`, the frozen reward model's score of each row, (score − mean) / std.
+    """`(params, frozen, rollout) -> ([B], {})`, the frozen reward model's score of each row, (score − mean) / std.
 
     Args:
       spec: the networks' static part.
       mean, std: of the reward model over its reference set; 0 and 1 leave the score as it is.
     """
 
-    def score(params: PyTree, frozen: PyTree, rollout: Rollout) -> Array:
-        return learned.normalise(learned.score(Networks(params, frozen, spec), rollout), mean, std)
+    def score(params: PyTree, frozen: PyTree, rollout: Rollout) -> tuple[Array, dict[str, Mean]]:
+        return learned.normalise(learned.score(Networks(params, frozen, spec), rollout), mean, std), {}
 
     return score
 
@@ -70,17 +70,18 @@ def fuse(rollout: Stage, score: Stage | None, step: Stage) -> Callable[[TrainSta
 
     Args:
       rollout: from make_rollout.
-      score: `(params, frozen, rollout) -> [B]`, pure JAX; None for an objective that reads no score.
+      score: `(params, frozen, rollout) -> ([B], metrics)`, pure JAX; None for an objective that reads no score.
       step: from train.step.make_step.
     """
 
     def iteration(state: TrainState, frozen: PyTree, prompts: Prompts) -> tuple[TrainState, Any, Rollout]:
         rolled = rollout(state.params, frozen, prompts, state.key, state.batch_index)
+        found: dict[str, Mean] = {}
         if score is not None:
-            scores = score(state.params, frozen, rolled)
+            scores, found = score(state.params, frozen, rolled)
             chex.assert_equal_shape([scores, rolled.truncated])
             rolled = rolled.replace(scores=scores)
         state, metrics = step(state, frozen, rolled)
-        return state, metrics, rolled
+        return state, {**metrics, **found}, rolled
 
     return iteration

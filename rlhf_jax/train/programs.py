@@ -1,7 +1,7 @@
 """The compiled programs of a run: one that advances the state by a batch, one that validates, one that reads reward scores.
 
 Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward: rollout and step
-apart, the reward function between. All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
+apart, the reward between (train.rewarding). All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,22 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from rlhf_jax import distributed, sampling, sharding
-from rlhf_jax.data.encode import Encoder
-from rlhf_jax.errors import UserError
 from rlhf_jax.models import Networks
 from rlhf_jax.ops import masking
-from rlhf_jax.rewards import host as host_rewards
 from rlhf_jax.rewards import learned
 from rlhf_jax.train import online
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.optimizer import evaluation_params
+from rlhf_jax.train.rewarding import Rewards
 from rlhf_jax.train.step import fill_reference, make_step
 from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState
 
-RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
 ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
 
 
@@ -45,7 +41,7 @@ class Programs:
             minibatches=run["minibatches"],
         )
         self._traces = 0
-        self._host_reward: Callable[[Rollout, Any], np.ndarray] | None = None  # (rollout, its prompt set) -> [B]
+        self._rewards: Rewards | None = None
         jit_state = functools.partial(sharding.jit, mesh=exp.mesh, donate=(0,))
         if not exp.online:
             self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
@@ -60,12 +56,11 @@ class Programs:
             self.rollout = rollout()  # the policy alone, which is what validation measures
             contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"])
             self._rollout = sharding.jit(contested, exp.mesh)
-            self.score: Any = self._reward() if exp.scored else None
+            self._rewards = Rewards(exp) if exp.scored else None
             if self._fused:
-                fused = online.fuse(contested, self.score, step)
+                fused = online.fuse(contested, self._rewards.score if self._rewards else None, step)
                 self._step = jit_state(self._counted(fused), out_shardings=(exp.start.shardings, None, None))
             else:
-                self._score: Any = None if self.score is None else sharding.jit(self.score, exp.mesh)
                 self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
 
     def advance(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
@@ -77,10 +72,17 @@ class Programs:
         if self._fused:
             return self._step(state, frozen, batch)
         rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
-        if self.exp.scored:
-            rolled = rolled.replace(scores=self._scores(state.params, rolled, self.exp.train_data))
+        found: dict[str, Mean] = {}
+        if self._rewards is not None:
+            scores, found = self._scores(state.params, rolled, self.exp.train_data, validation=False)
+            rolled = rolled.replace(scores=scores)
         state, metrics = self._step(state, frozen, rolled)
-        return state, metrics, rolled
+        return state, {**metrics, **found}, rolled
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """The samples of the last `advance` that a reward function failed on, with the reasons."""
+        return self._rewards.failures if self._rewards is not None else []
 
     def trace(self) -> set[str]:
         """Traces the step and the validation on shapes alone, compiling nothing; the later calls reuse the traces.
@@ -110,7 +112,7 @@ class Programs:
 
     @property
     def _fused(self) -> bool:
-        return self._host_reward is None and self.exp.config["fused"]
+        return (self._rewards is None or self._rewards.pure) and self.exp.config["fused"]
 
     def compilations(self) -> int:
         """How often the train step was traced for compilation; more than once after warm-up is a bug. (The jit's own `_cache_size` counts
@@ -127,46 +129,16 @@ class Programs:
 
         return counted
 
-    def _scores(self, params: PyTree, rolled: Rollout, prompts: Any) -> Array:
-        if self._host_reward is None:
-            return self._score(params, self.exp.frozen, rolled)
-        scores = np.asarray(self._host_reward(rolled, prompts), np.float32)
-        return distributed.to_global(scores, sharding.row_sharding(self.exp.mesh))
+    def _scores(self, params: PyTree, rolled: Rollout, prompts: Any, *, validation: bool) -> tuple[Array, dict[str, Mean]]:
+        assert self._rewards is not None
+        if self._rewards.pure:
+            return (self._validation_score if validation else self._score)(params, self.exp.frozen, rolled)
+        return self._rewards.measure(self.exp.frozen, rolled, prompts, validation=validation)
 
-    def _reward(self) -> Any:
-        """The reward as a pure function; or None, and `_host_reward` set, when it needs the host."""
-        exp = self.exp
-        if exp.reward is None:
-            function = host_rewards.load_reward_fn(exp.config["reward_fn"])
-            self._host_reward = functools.partial(_call_reward, exp, function)
-            return None
-        mean, std = 0.0, 1.0
-        if exp.config["reward_normalise"]:
-            if "reward_mean" not in exp.reward.meta:
-                raise UserError(f"config.reward_normalise is on, but config.reward_from = {exp.reward.path!r} stores no reward_mean and "
-                                "reward_std: train it with a validation file, or switch it off")
-            mean, std = float(exp.reward.meta["reward_mean"]), float(exp.reward.meta["reward_std"])
-        own = exp.reward.template
-        if exp.reward.reader("config.reward_from").digest == exp.tokenizer.digest and (own is None or own.digest == exp.template.digest):
-            return online.make_score(exp.spec, mean, std)
-        self._host_reward = functools.partial(_retokenised, exp, self._foreign_reward(mean, std))
-        return None
-
-    def _foreign_reward(self, mean: float, std: float) -> Any:
-        """A reward model that reads text through its own tokenizer and template."""
-        exp = self.exp
-        assert exp.reward is not None and exp.spec.reward is not None
-
-        def score(seqs: Any) -> Array:
-            scores = Networks({}, exp.frozen, exp.spec).reward(seqs).scores
-            return learned.normalise(masking.at_last_real(scores, seqs.segment_ids), mean, std)
-
-        jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
-        key = "config.reward_from"
-        encoder = Encoder(
-            exp.reward.reader(key), exp.reward.layout(key), max_length=exp.spec.reward.context, prompt_length=None, overlong="truncate"
-        )
-        return host_rewards.RetokenisedReward(encoder, lambda seqs: jitted(distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
+    @functools.cached_property
+    def _score(self) -> Any:
+        assert self._rewards is not None
+        return sharding.jit(self._rewards.score, self.exp.mesh)
 
     # --- validation ---
 
@@ -204,12 +176,10 @@ class Programs:
     def _validate_online(self, state: TrainState, prompts: Prompts) -> dict[str, Mean]:
         params = evaluation_params(state.params, state.opt_state)
         rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
-        if self._host_reward is None:
-            scores = self._validation_score(params, self.exp.frozen, rolled)
-        else:
-            scores = self._scores(params, rolled, self.exp.valid_data)
+        scores, _ = self._scores(params, rolled, self.exp.valid_data, validation=True)
         length = rolled.seqs.loss_mask.sum(-1)
-        return {name: Mean.of(values, rolled.real) for name, values in zip(ONLINE_VALIDATION, (scores, length, rolled.truncated))}
+        masks = (rolled.real & ~jnp.isnan(scores), rolled.real, rolled.real)
+        return {name: Mean.of(values, mask) for name, values, mask in zip(ONLINE_VALIDATION, (scores, length, rolled.truncated), masks)}
 
     @functools.cached_property
     def _validation_rollout(self) -> Any:
@@ -217,7 +187,8 @@ class Programs:
 
     @functools.cached_property
     def _validation_score(self) -> Any:
-        return sharding.jit(self.score, self.exp.mesh)
+        assert self._rewards is not None
+        return sharding.jit(functools.partial(self._rewards.score, validation=True), self.exp.mesh)
 
     def reward_moments(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of a reward model's scores over the validation set's responses, for its checkpoint's meta."""
@@ -242,44 +213,3 @@ def _shapes(batch: PyTree, where: NamedSharding) -> PyTree:
     """This host's rows of a batch as the shapes of the global one."""
     _, hosts = distributed.host()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=where), batch)
-
-
-def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rollout's rows as text: prompt messages (None on filler rows), response without special tokens, whether it ended by itself.
-    Waits for the device.
-
-    Args:
-      exp: for the tokenizer.
-      rolled: [B, T].
-      prompts: the set that the rollout's prompt ids belong to.
-      limit: first rows only.
-    """
-    chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
-    tokens, segments, mask, ids, truncated = (
-        np.asarray(jax.device_get(x))[:limit]
-        for x in (rolled.seqs.tokens, rolled.seqs.segment_ids, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
-    )
-    real = (segments != 0).any(-1)  # on the host: the loop's transfer guard forbids eager arithmetic on the device
-    return [
-        {
-            "prompt_id": int(ids[b]), "messages": list(prompts.messages(int(ids[b]))) if real[b] else None, "ended": not bool(truncated[b]),
-            "response": exp.tokenizer.decode(tokens[b][mask[b]]),
-        }
-        for b in range(len(ids))
-    ]
-
-
-def _call_reward(exp: Experiment, function: Any, rolled: Rollout, prompts: Any) -> np.ndarray:
-    """The user's function on the real rows; 0 on filler rows."""
-    rows = completions(exp, rolled, prompts)
-    real = [row for row in rows if row["messages"] is not None]
-    scores = np.zeros(len(rows), np.float32)
-    scores[[row["messages"] is not None for row in rows]] = host_rewards.call_reward_fn(
-        function, [row["messages"] for row in real], [row["response"] for row in real], [prompts.reference(row["prompt_id"]) for row in real]
-    )
-    return scores
-
-
-def _retokenised(exp: Experiment, reward: Any, rolled: Rollout, prompts: Any) -> np.ndarray:
-    rows = completions(exp, rolled, prompts)
-    return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows])

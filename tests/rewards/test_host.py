@@ -213,3 +213,58 @@ def test_a_numpy_row_batch_is_scored_by_the_learned_reading(encoder):
     scores = reward([USER, USER, None], ["1 3 5 9", "1", ""], [True, False, True])
     cut = host.response_tokens(encoder, USER, "1", False)[-1]
     np.testing.assert_array_equal(scores, [encoder.tokenizer.end_id, cut, 0.0])
+
+
+# --- failures that do not end the run ---
+
+
+def outcome(function, responses=("a", "bb", "ccc"), **more):
+    failures = {}
+    values = host.call_reward_fn(function, [USER] * len(responses), responses, [None] * len(responses), failures=failures, **more)
+    return values.tolist(), failures
+
+
+def picky(prompts, responses, references):
+    if "bb" in responses:
+        raise KeyError("bb")
+    return [float(len(r)) for r in responses]
+
+
+def test_a_row_fails_alone_where_its_value_says_so():
+    values, failures = outcome(lambda p, r, x: [1.0, float("nan"), host.Failed("cannot judge it")])
+    assert values[0] == 1.0 and np.isnan(values[1:]).all() and failures == {1: "returned nan", 2: "cannot judge it"}
+    values, failures = outcome(lambda p, r, x: [float("inf"), "1", None])
+    assert np.isnan(values).all() and set(failures) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(picky, "raised KeyError: 'bb'"), (lambda p, r, x: [1.0], "returned 1 rewards for 3 responses"), (lambda p, r, x: 1.0, "raised TypeError")],
+)
+def test_a_call_fails_with_all_its_rows(function, reason):
+    values, failures = outcome(function)
+    assert np.isnan(values).all() and set(failures) == {0, 1, 2} and all(said.startswith(reason) for said in failures.values())
+
+
+def test_called_row_by_row_only_the_bad_row_fails():
+    values, failures = outcome(picky, each=True)
+    assert values[0] == 1.0 and np.isnan(values[1]) and values[2] == 3.0 and failures == {1: "raised KeyError: 'bb'"}
+    with pytest.raises(UserError, match=r"raised KeyError: 'bb'; it was given 1 samples.*response 'bb'"):
+        host.call_reward_fn(picky, [USER] * 2, ["a", "bb"], [None] * 2, each=True)
+
+
+def test_a_call_that_takes_too_long_fails():
+    def slow(prompts, responses, references):
+        while "bb" in responses:
+            pass
+        return [1.0] * len(responses)
+
+    values, failures = outcome(slow, timeout=0.2, each=True)
+    assert values[0] == values[2] == 1.0 and failures == {1: "raised TimeoutError: it took longer than 0.2 s"}
+    with pytest.raises(UserError, match=r"raised TimeoutError: it took longer than 0\.2 s"):
+        host.call_reward_fn(slow, [USER], ["bb"], [None], timeout=0.2)
+
+
+def test_a_judged_failure_is_an_error_by_default():
+    with pytest.raises(UserError, match=r"failed on sample 0, prompt 'Sort.*: no reference; set config.reward_failure.policy"):
+        call(lambda p, r, x: [host.Failed("no reference"), 1.0])

@@ -1,0 +1,241 @@
+"""What scores a run's completions: config.reward_from, config.reward_fn, or the entries of config.rewards.
+
+Flow: each component is a column of raw rewards. Networks that read the policy's own tokens are pure JAX; functions, and reward models with another
+tokenizer, read text on the host. Where all are pure JAX the whole score is, and goes into the fused iteration; else the pure columns are computed
+in one program, the others on the host, and one more program combines them (rewards.combine). A function that fails meets config.reward_failure: the
+run stops, or the row stays without a score, or gets another number; each such sample goes to the log with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import distributed, sharding
+from rlhf_jax.data.encode import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.ops import masking
+from rlhf_jax.rewards import entries, host, implicit, learned
+from rlhf_jax.rewards.combine import Share, combine
+from rlhf_jax.saved import Source
+from rlhf_jax.train import online
+from rlhf_jax.train.assemble import Experiment
+from rlhf_jax.types import Array, Mean, PyTree, Rollout
+
+RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
+NEVER = {"policy": "raise", "default": 0.0, "timeout": 0.0}  # config.reward_failure where a config does not write it
+LOGGED = 16  # samples without a reward that one iteration writes to the log
+Rows = list[dict[str, Any]]  # from `completions`
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One component: `pure(frozen, rollout) -> [B]`, or `on_host(rows, references) -> ([B], reasons by row)`."""
+
+    share: Share
+    pure: Callable[[PyTree, Rollout], Array] | None = None
+    on_host: Callable[[Rows, list[Any]], tuple[np.ndarray, dict[int, str]]] | None = None
+
+
+class Rewards:
+    """The score of a run's completions.
+
+    Args:
+      exp: assembled, with a reward.
+
+    Raises:
+      UserError: a function that cannot be loaded, or a reward model without the moments that are asked for.
+    """
+
+    def __init__(self, exp: Experiment) -> None:
+        self._exp = exp
+        failure = exp.config.get("reward_failure", NEVER)
+        self._failure, self._default = failure, failure["default"] if failure["policy"] == "default" else None
+        self._parts = entries.parse(exp.config.get("rewards", ()))
+        self._columns = self._build()
+        self.pure = all(column.pure is not None for column in self._columns)
+        self.failures: Rows = []  # samples of the last `measure` without a reward, each with its `failed`: {label: reason}
+
+    def score(self, params: PyTree, frozen: PyTree, rollout: Rollout, *, validation: bool = False) -> tuple[Array, dict[str, Mean]]:
+        """Scores [B] and metrics, pure JAX; for rewards that are.
+
+        Args:
+          params: what trains; no reward reads it.
+          frozen: the run's.
+          rollout: [B, T].
+          validation: components are not normalised over the batch.
+        """
+        chex.assert_rank(rollout.seqs.tokens, 2)
+        raw = jnp.stack([column.pure(frozen, rollout) for column in self._columns if column.pure is not None], axis=-1)
+        return self._combined(raw, rollout.real, validation)
+
+    def measure(self, frozen: PyTree, rollout: Rollout, prompts: Any, *, validation: bool = False) -> tuple[Array, dict[str, Mean]]:
+        """The same where some read text: waits for the samples.
+
+        Args:
+          frozen: the run's.
+          rollout: [B, T], on the mesh.
+          prompts: the set that the rollout's prompt ids belong to.
+          validation: as for `score`; failures are not kept for the log.
+        """
+        chex.assert_rank(rollout.seqs.tokens, 2)
+        rows = completions(self._exp, rollout, prompts)
+        references = [prompts.reference(row["prompt_id"]) if row["messages"] is not None else None for row in rows]
+        read: list[np.ndarray] = []
+        reasons: dict[int, dict[str, str]] = {}
+        for column in self._columns:
+            if column.on_host is not None:
+                values, failed = column.on_host(rows, references)
+                read.append(values)
+                for row, reason in failed.items():
+                    reasons.setdefault(row, {})[column.share.label] = reason
+        if not validation:
+            self.failures = [{**rows[row], "row": row, "failed": why} for row, why in sorted(reasons.items())]
+        columns = distributed.to_global(np.stack(read, axis=-1).astype(np.float32), sharding.row_sharding(self._exp.mesh))
+        return self._assembled(validation)(frozen, rollout, columns)
+
+    @functools.cache  # noqa: B019  one object a run
+    def _assembled(self, validation: bool) -> Any:
+        def whole(frozen: PyTree, rollout: Rollout, read: Array) -> tuple[Array, dict[str, Mean]]:
+            given = iter(jnp.moveaxis(read, -1, 0))
+            raw = [column.pure(frozen, rollout) if column.pure is not None else next(given) for column in self._columns]
+            return self._combined(jnp.stack(raw, axis=-1), rollout.real, validation)
+
+        return sharding.jit(whole, self._exp.mesh)
+
+    def _combined(self, raw: Array, real: Array, validation: bool) -> tuple[Array, dict[str, Mean]]:
+        shares = [column.share for column in self._columns]
+        scores, metrics = combine(raw, real, shares, default=self._default, batch_moments=not validation)
+        if self._parts:
+            return scores, metrics
+        # The short form has one component, which objective/score shows.
+        return scores, {"reward/failed": metrics["reward/failed"]} if self._exp.config["reward_fn"] else {}
+
+    def _build(self) -> list[Column]:
+        config = self._exp.config
+        if config["reward_fn"]:
+            function = entries.load_function(config["reward_fn"], "config.reward_fn")
+            return [Column(Share("score"), on_host=self._function(function, "config.reward_fn", each=False))]
+        if self._exp.reward is not None:
+            on = "config.reward_normalise is on, but config.reward_from"
+            mean, std = _moments(self._exp.reward, on) if config["reward_normalise"] else (0.0, 1.0)
+            score = online.make_score(self._exp.spec, mean, std)
+            tree = lambda frozen: frozen["reward"]  # noqa: E731
+            return [self._learned(Share("score"), self._exp.reward, self._exp.spec, "config.reward_from", tree,
+                                  lambda frozen, rollout: score({}, frozen, rollout)[0], (mean, std))]
+        return [self._column(entry) for entry in self._parts]
+
+    def _column(self, entry: entries.Entry) -> Column:
+        share, label = entry.share, entry.share.label
+        if entry.function is not None:
+            return Column(share, on_host=self._function(entry.function, entry.key, each=entry.each))
+        roles = self._exp.rewards[label]
+        specs = {role: NetworkSpec(reward=one.config) if role == "reward" else NetworkSpec(ref=one.config) for role, one in roles.items()}
+
+        def network(frozen: PyTree, role: str) -> Networks:
+            return Networks({}, {"reward" if role == "reward" else "ref": frozen["rewards"][label][role]}, specs[role])
+
+        if entry.name == "implicit":
+            beta = float(entry.parameters["beta"])
+            return Column(share, pure=lambda frozen, rollout: implicit.score(
+                network(frozen, "policy"), network(frozen, "reference"), rollout, beta=beta))
+        source, where = roles["reward"].source, f"{entry.key}.run"
+        if entry.stored:
+            share = dataclasses.replace(share, moments=_moments(source, f"{entry.key}.normalise = 'stored', but {where}"))
+        tree = lambda frozen: frozen["rewards"][label]["reward"]  # noqa: E731
+        return self._learned(share, source, specs["reward"], where, tree,
+                             lambda frozen, rollout: learned.score(network(frozen, "reward"), rollout), (0.0, 1.0))
+
+    def _learned(self, share: Share, source: Source, spec: NetworkSpec, key: str, tree: Callable[[PyTree], PyTree],
+                 pure: Callable[[PyTree, Rollout], Array], moments: tuple[float, float]) -> Column:
+        """On the policy's own tokens where tokenizer and template are the same, else on text."""
+        exp, own = self._exp, source.template
+        if source.reader(key).digest == exp.tokenizer.digest and (own is None or own.digest == exp.template.digest):
+            return Column(share, pure=pure)
+        assert spec.reward is not None
+
+        def score(frozen: PyTree, seqs: Any) -> Array:
+            scores = Networks({}, {"reward": tree(frozen)}, spec).reward(seqs).scores
+            return learned.normalise(masking.at_last_real(scores, seqs.segment_ids), *moments)
+
+        jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
+        encoder = Encoder(source.reader(key), source.layout(key), max_length=spec.reward.context, prompt_length=None, overlong="truncate")
+        reward = host.RetokenisedReward(encoder, lambda seqs: jitted(exp.frozen, distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
+
+        def on_host(rows: Rows, references: list[Any]) -> tuple[np.ndarray, dict[int, str]]:
+            return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows]), {}
+
+        return Column(share, on_host=on_host)
+
+    def _function(self, function: host.RewardFn, key: str, *, each: bool) -> Callable[[Rows, list[Any]], tuple[np.ndarray, dict[int, str]]]:
+        """A function on the real rows; 0 on filler rows."""
+
+        def on_host(rows: Rows, references: list[Any]) -> tuple[np.ndarray, dict[int, str]]:
+            real = [number for number, row in enumerate(rows) if row["messages"] is not None]
+            failures: dict[int, str] | None = None if self._failure["policy"] == "raise" else {}
+            values = np.zeros(len(rows), np.float32)
+            values[real] = host.call_reward_fn(
+                function, [rows[i]["messages"] for i in real], [rows[i]["response"] for i in real], [references[i] for i in real], key=key,
+                failures=failures, timeout=self._failure["timeout"], each=each,
+            )
+            return values, {real[number]: reason for number, reason in (failures or {}).items()}
+
+        return on_host
+
+
+def _moments(source: Source, asked: str) -> tuple[float, float]:
+    if "reward_mean" not in source.meta:
+        raise UserError(f"{asked} = {source.path!r} stores no reward_mean and reward_std: train it with a validation file, or switch it off")
+    return float(source.meta["reward_mean"]), float(source.meta["reward_std"])
+
+
+def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | None = None) -> Rows:
+    """The rollout's rows as text: prompt messages (None on filler rows), response without special tokens, whether it ended by itself.
+    Waits for the device.
+
+    Args:
+      exp: for the tokenizer.
+      rolled: [B, T].
+      prompts: the set that the rollout's prompt ids belong to.
+      limit: first rows only.
+    """
+    chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
+    tokens, segments, mask, ids, truncated = (
+        np.asarray(jax.device_get(x))[:limit]
+        for x in (rolled.seqs.tokens, rolled.seqs.segment_ids, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
+    )
+    real = (segments != 0).any(-1)  # on the host: the loop's transfer guard forbids eager arithmetic on the device
+    return [
+        {
+            "prompt_id": int(ids[b]), "messages": list(prompts.messages(int(ids[b]))) if real[b] else None, "ended": not bool(truncated[b]),
+            "response": exp.tokenizer.decode(tokens[b][mask[b]]),
+        }
+        for b in range(len(ids))
+    ]
+
+
+def failed_samples(failures: Rows, rows: Rows, scores: np.ndarray | None) -> list[Mapping[str, Any]]:
+    """Samples for the log: `rows`, those that failed with the reason, and after them others that failed, LOGGED of them at most.
+
+    Args:
+      failures: `Rewards.failures` of the iteration.
+      rows: the first rows of the rollout.
+      scores: of these rows, NaN where there is none; None without a reward.
+    """
+    reasons = {failure["row"]: failure["failed"] for failure in failures}
+    found: list[Mapping[str, Any]] = []
+    for number, row in enumerate(rows):
+        score = {} if scores is None else {"score": None if np.isnan(scores[number]) else round(float(scores[number]), 6)}
+        found.append({**row, **score, **({"failed": reasons[number]} if number in reasons else {})})
+    for failure in failures[:LOGGED]:
+        if failure["row"] >= len(rows):
+            found.append({key: value for key, value in failure.items() if key != "row"})
+    return found
