@@ -25,8 +25,9 @@ from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.eval import compare, preference
 from rlhf_jax.eval.generation import responses
 from rlhf_jax.eval.models import Policy, RewardModel
+from rlhf_jax.files import write_whole
 from rlhf_jax.report.page import write_report
-from rlhf_jax.report.results import write_results, write_whole
+from rlhf_jax.report.results import write_results
 from rlhf_jax.report.table import terminal_table
 from rlhf_jax.report.versions import versions
 from rlhf_jax.rewards.gold import GOLD

@@ -19,8 +19,9 @@ from absl import flags
 
 from rlhf_jax.cli.main import script
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_whole
 from rlhf_jax.report import curves
-from rlhf_jax.report.results import POLICY_STAGES, TITLES, read_results, write_whole
+from rlhf_jax.report.results import POLICY_STAGES, TITLES, read_results
 
 HERE = pathlib.Path(__file__).resolve().parent
 

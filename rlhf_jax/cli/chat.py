@@ -36,7 +36,7 @@ FLAGS_HELP = {
     "--max_new_tokens N": "of an answer (default 512)",
     "--seed S": "the same seed and messages draw the same answers (default 0)",
     "--context N": "tokens of the longest conversation (default: the model's)",
-    "--dtype float32|bfloat16": "of the computation (default: the model's)",
+    "--dtype float32|bfloat16": "of the computation (default: a run's own; float32 for a Hugging Face directory)",
     "--tensor N": "devices over which the model is split (default 1)",
 }
 UNSEEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # what would steer the terminal
@@ -163,7 +163,7 @@ def _command(chat: Any, line: str) -> str:
 
 
 def _save(chat: Any, path: str) -> str:
-    from rlhf_jax.report.results import write_whole
+    from rlhf_jax.files import write_whole
 
     if not path:
         raise UserError("/save needs a file: /save talk.jsonl")

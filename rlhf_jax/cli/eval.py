@@ -54,7 +54,7 @@ def main() -> int:
             raise UserError(f"--{flag} is missing")
     if not os.path.exists(options.data):
         raise UserError(f"--data = {options.data!r}: no such file")
-    from rlhf_jax.report.results import write_whole
+    from rlhf_jax.files import write_whole
     from rlhf_jax.saved import load_source
 
     source = load_source(options.checkpoint, "--checkpoint")

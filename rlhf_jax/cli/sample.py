@@ -54,7 +54,7 @@ def main() -> int:
     from rlhf_jax import data
     from rlhf_jax.eval.generation import responses
     from rlhf_jax.eval.models import Policy
-    from rlhf_jax.report.results import write_whole
+    from rlhf_jax.files import write_whole
     from rlhf_jax.saved import load_source
 
     policy = Policy(load_source(options.checkpoint, "--checkpoint"), "--checkpoint")

@@ -14,20 +14,18 @@ With --config, the rows are those that a run of this config would train and vali
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, TextIO
 
 from absl import flags
 
 from rlhf_jax.cli.configs import define_config, loaded_config
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import whole
 
 FLAGS_HELP = {
     "--model DIR": "a policy or a reward model: a run's workdir, its best/ folder, one step, or a Hugging Face directory",
@@ -39,7 +37,7 @@ FLAGS_HELP = {
     "--overlong error|truncate|skip": "what becomes of rows longer than the context (default error)",
     "--context N": "tokens of the longest row (default: the model's)",
     "--batch_tokens N": "tokens at once, padding included (default 16384)",
-    "--dtype float32|bfloat16": "of the computation (default: the model's)",
+    "--dtype float32|bfloat16": "of the computation (default: a run's own; float32 for a Hugging Face directory)",
     "--fsdp N, --tensor N": "devices over which parameters are split (default 1)",
 }
 SHOWN = 8  # overlong rows that the refusal lists
@@ -120,7 +118,7 @@ def _rows() -> int:
     items, counts = _items(source, files, raw)
     with meshed(options.fsdp, options.tensor) as mesh:
         scorer = Scorer(source, "--model", batch_tokens=options.batch_tokens, temperature=options.temperature, mesh=mesh)
-    with _written(output) as stream:
+    with whole(output) as stream:
         replaced = _score(scorer, items, files, stream)
     tokens = sum(len(item.tokens) for item in items)
     said = "".join(f", {counts[name]} {name}" for name in ("truncated", "skipped") if counts[name])
@@ -200,19 +198,3 @@ def _row(item: Any, values: Any, rewards: bool) -> dict[str, Any]:
         if not rewards:
             made["completion_logp"] = float(f"{values[item.completion].astype('float64').sum():.9g}")
     return made
-
-
-@contextlib.contextmanager
-def _written(path: pathlib.Path) -> Iterator[TextIO]:
-    """A text file that stands whole under its name, or not at all; it grows beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

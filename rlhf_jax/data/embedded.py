@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.files import write_whole
 
 FLAWED = 0.6  # share of demonstrations with the flaw: most, so that imitation prefers it
 SPLITS = {"sft": "sft.jsonl"} | {split: f"{split}_prompts.jsonl" for split in ("rm", "rl", "valid", "test")}
@@ -85,10 +86,7 @@ def write_task(
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _demonstration(question: str, right: str, wrong: str, *, flawed: bool) -> dict[str, Any]:

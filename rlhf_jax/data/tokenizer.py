@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, t
 from tokenizers import Tokenizer as _Tokenizer
 
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.files import write_whole
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 SPECIALS = (PAD, BOS, "<|system|>", "<|user|>", "<|assistant|>", END)  # ids 0..5 in every tokenizer made here
@@ -171,13 +171,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json to `path` (a file name), whole or not at all."""
-        folder = os.path.dirname(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(self.to_json())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_whole(path, self.to_json())
 
     @functools.cached_property
     def vocab_size(self) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 
 import jinja2
 
+from rlhf_jax.files import write_whole
 from rlhf_jax.report import curves
-from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES, validate, write_whole
+from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES, validate
 
 _TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
 _SAMPLES = 12  # per task; more do not help a reader

@@ -23,6 +23,7 @@ import pathlib
 from typing import Any
 
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.files import write_whole
 
 STAGES = ("sft", "rm", "dpo", "ppo", "grpo", "grpo_gold")
 POLICY_STAGES = tuple(stage for stage in STAGES if stage != "rm")
@@ -93,22 +94,6 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); write it again with the pipeline") from None
     validate(results)
     return results
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file through a temporary one beside it that is renamed over it, so that no reader sees half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _check_stage(stage: str, values: Any, where: str) -> None:

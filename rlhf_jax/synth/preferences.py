@@ -20,11 +20,12 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from rlhf_jax.files import whole
 
 Gold = Callable[[str, str], float]
 
@@ -140,22 +141,12 @@ def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -
     Raises:
       ValueError: a row lacks a field or carries a gold.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        count = 0
-        with open(temporary, "w", encoding="utf-8") as file:
-            for count, row in enumerate(rows, start=1):
-                if not {"prompt", "chosen", "rejected"} <= row.keys() or any("gold" in name for name in row):
-                    raise ValueError(f"write_preferences: row {count} has {sorted(row)}; it needs prompt, chosen, rejected and no gold")
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    count = 0
+    with whole(path) as file:
+        for count, row in enumerate(rows, start=1):
+            if not {"prompt", "chosen", "rejected"} <= row.keys() or any("gold" in name for name in row):
+                raise ValueError(f"write_preferences: row {count} has {sorted(row)}; it needs prompt, chosen, rejected and no gold")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return count
 
 
