@@ -92,13 +92,14 @@ class Dataset(abc.ABC, Generic[Batch]):
         """The same rows for one evaluation, in arrays that hold little else: as long as the longest row, rounded up to a power of two, and no more
         rows to a batch than there are. (A model from elsewhere reads thousands of tokens, and one prompt would be padded to them all.)"""
         found, length = copy.copy(self), _SHORTEST
+        found._plans = {}
         while length < int(self.prepared.lengths.max()):
             length *= 2
         found._trim(length)
         return found
 
-    def _trim(self, length: int) -> None:
-        raise NotImplementedError(f"{type(self).__name__} is trained on, at the run's shapes")
+    @abc.abstractmethod
+    def _trim(self, length: int) -> None: ...
 
     def batches_for(self, epochs: float, seed: int) -> int:
         """How many batches `epochs` epochs take, rounded up."""
@@ -163,7 +164,15 @@ class PaddedData(Dataset[Batch]):
     def __init__(self, prepared: Prepared, *, max_length: int, **shared: Any) -> None:
         super().__init__(prepared, **shared)
         self.max_length = max_length
-        self.loss_slots = head_slots(prepared, max_length)
+
+    @property
+    def loss_slots(self) -> int | None:
+        """R: head positions of a row; None = everywhere."""
+        return head_slots(self.prepared, self.max_length)
+
+    def _trim(self, length: int) -> None:
+        self.max_length = min(length, self.max_length)
+        self.batch_size = min(self.batch_size, len(self))
 
     def _rows(self, packs: Sequence[np.ndarray]) -> list[Row | None]:
         """The row of each pack of one; None for a filler row."""
@@ -183,9 +192,16 @@ class SequenceData(PaddedData[Sequences]):
     def __init__(self, prepared: Prepared, *, packed: bool, **shared: Any) -> None:
         super().__init__(prepared, **shared)
         self.packed = packed
-        if packed:
-            self.loss_slots = None  # a pack may hold more head positions than any row
         self._ends: dict[int, list[int]] = {}  # by seed: slots up to the end of each epoch planned so far
+
+    @property
+    def loss_slots(self) -> int | None:
+        """As ever; everywhere in packs, which may hold more head positions than any row."""
+        return None if self.packed else super().loss_slots
+
+    def _trim(self, length: int) -> None:
+        super()._trim(length)
+        self._ends = {}
 
     def _begin(self, epoch: int, seed: int) -> int:
         if not self.packed or epoch == 0:
@@ -226,11 +242,6 @@ class ComparisonData(PaddedData[Comparisons]):
     def __init__(self, prepared: Prepared, **shared: Any) -> None:
         super().__init__(prepared, **shared)
         self.branches, self.has_margins = prepared.lengths.shape[1], prepared.stats["margins"] > 0
-
-    def _trim(self, length: int) -> None:
-        self.max_length = min(length, self.max_length)
-        self.loss_slots = head_slots(self.prepared, self.max_length)
-        self.batch_size = min(self.batch_size, len(self))
 
     def _build(self, packs: Sequence[np.ndarray]) -> Comparisons:
         rows = self._rows(packs)

@@ -270,8 +270,20 @@ def test_trimmed_batches_hold_the_same_rows_in_little_else(made, kind, options):
     assert found.tokens.shape[0] == rows < 64 == wanted.tokens.shape[0] and longest <= found.tokens.shape[-1] < 2 * longest + 16
     np.testing.assert_array_equal(found.tokens[found.segment_ids != 0], wanted.tokens[wanted.segment_ids != 0])
     np.testing.assert_array_equal(found.positions[found.segment_ids != 0], wanted.positions[wanted.segment_ids != 0])
-    with pytest.raises(NotImplementedError):
-        made("text").trimmed()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_trimmed_documents(made, pack):
+    whole = made("text", batch_size=64, pack=pack, max_length=200)
+    before = whole.batch(3, 0)
+    data = whole.trimmed()
+    tokens = [np.sort(np.concatenate([batch.tokens[batch.segment_ids != 0] for batch in one.eval_batches()])) for one in (whole, data)]
+    np.testing.assert_array_equal(*tokens)
+    found = next(iter(data.eval_batches()))
+    assert found.tokens.shape[-1] < 200 and found.tokens.shape[0] == len(whole)
+    assert (found.loss_positions is None) == (data.loss_slots is None) and (not pack or data.loss_slots is None)
+    np.testing.assert_array_equal(whole.batch(3, 0).tokens, before.tokens)  # the set that it was made of is as before
+    assert data.batch(3, 0).tokens.shape == found.tokens.shape
 
 
 def test_a_prompt_twice_in_a_batch_draws_other_samples(made):
