@@ -89,7 +89,7 @@ def test_four_microbatches_on_a_mesh_are_one_batch_on_one_device():
 
 def start(on, name: str, pattern: str = ".*", objective: str = "sft") -> Start:
     tx, _ = optimizer.build({**trainable.OPTIMIZER, "name": name, "ema_decay": 0.5}, 10)
-    config = {"seed": 0, "trainable": pattern, "lora": {"rank": 0}, "model": {}}
+    config = {"seed": 0, "trainable": pattern, "lora": {"rank": 0}, "model": {"add_tokens": ()}}
     return Start(config, bound(objective), NetworkSpec(policy=trainable.MODEL), tx, {"policy": trainable.MODEL}, {}, on, {})
 
 

@@ -20,14 +20,14 @@ from rlhf_jax.data import hf_tokenizer, references
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, NetworkSpec, families, layout
+from rlhf_jax.models import ModelConfig, NetworkSpec, layout
 from rlhf_jax.models.config import RUNTIME, Lora
 from rlhf_jax.models.networks import merge
 from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import PROVENANCE, Source, chat_template, load_source, place
 from rlhf_jax.train import optimizer as optimizers
 from rlhf_jax.train import reward_networks
-from rlhf_jax.train.config import INHERIT, trained_rows
+from rlhf_jax.train.config import INHERIT, fresh_model, trained_rows
 from rlhf_jax.train.start import Start
 from rlhf_jax.types import PyTree
 
@@ -62,7 +62,7 @@ class Experiment:
     @property
     def scored(self) -> bool:
         """Whether completions get a score; an objective that needs none may not be given one (train.config)."""
-        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"] or self.config.get("rewards"))
+        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"] or self.config["rewards"])
 
     def batch(self, index: int) -> PyTree:
         """This host's rows of training batch `index`, those of the second data set among them: a function of (config.seed, index) alone."""
@@ -108,7 +108,7 @@ def _architecture(config: Mapping[str, Any], tokenizer: Tokenizer, init: Source 
     """The trained network's configuration, checked against the tokenizer and the initial checkpoint."""
     shared_value = config["data"]["kind"] == "prompt" and config["critic"]["kind"] == "shared"
     outputs = ("score",) if config["network"] == "reward" else ("lm", "value") if shared_value else ("lm",)
-    model = _written(config, outputs) if config["model"]["family"] != INHERIT else _inherited(config, outputs, init)
+    model = fresh_model(config["model"], outputs) if config["model"]["family"] != INHERIT else _inherited(config, outputs, init)
     model = _with_adapters(model, config["lora"])
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(f"config.model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens")
@@ -117,11 +117,6 @@ def _architecture(config: Mapping[str, Any], tokenizer: Tokenizer, init: Source 
         if 0 < init.meta.get("longest", 0) < model.context:
             logging.warning("config.model.context = %d: %s was made for %d tokens", model.context, init.path, init.meta["longest"])
     return model
-
-
-def _written(config: Mapping[str, Any], outputs: tuple[str, ...]) -> ModelConfig:
-    section = {key: value for key, value in config["model"].items() if key != "add_tokens"}
-    return ModelConfig.create({**families.fresh(section["family"]), **section}, outputs)
 
 
 def _inherited(config: Mapping[str, Any], outputs: tuple[str, ...], init: Source | None) -> ModelConfig:
@@ -254,7 +249,7 @@ def text_side(config: Mapping[str, Any]) -> tuple[Source | None, Tokenizer, Chat
     Raises:
       UserError: a checkpoint or a tokenizer that does not fit.
     """
-    more = config["model"].get("add_tokens", ())
+    more = config["model"]["add_tokens"]
     init = load_source(config["init_from"], "config.init_from", grows=bool(more)) if config["init_from"] else None
     if init is not None and more:
         init = init.with_tokens(hf_tokenizer.add_tokens(init.reader("config.init_from"), more).tokenizer)

@@ -80,17 +80,15 @@ ONLINE: dict[str, Any] = {
     "reference_from": str,
     "reward_from": str,
     "reward_fn": str,
+    "rewards": object,  # entries, checked by rewards.entries; in the place of reward_from and reward_fn
     "reward_normalise": bool,
+    "reward_failure": {"policy": ("raise", "mask", "default"), "default": Number(float), "timeout": Number(float, 0.0)},  # timeout: seconds; 0 = none
     "fused": bool,
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
         "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence,
     },
-}
-OPTIONAL: dict[str, Any] = {  # online, of older configs
-    "rewards": object,  # entries, checked by rewards.entries; in the place of reward_from and reward_fn
-    "reward_failure": {"policy": ("raise", "mask", "default"), "default": Number(float), "timeout": Number(float, 0.0)},  # timeout: seconds; 0 = none
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
 RUNS = ("run", "reference")  # parameters of config.rewards' networks that name checkpoints
@@ -166,8 +164,7 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
         raise UserError(f"config.data.kind = {values['data'].get('kind')!r}: {objective.name} trains on {' or '.join(kinds)} data")
     online = objective.batch_type is Rollout
     _check_ptx(values, objective, online)
-    mine = {**ONLINE, **{key: want for key, want in OPTIONAL.items() if key in values}} if online else OFFLINE
-    c = _conform(values, {**SCHEMA, **mine, **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
+    c = _conform(values, {**SCHEMA, **(ONLINE if online else OFFLINE), **({"ptx": PTX} if "ptx" in objective.needs else {})}, "config")
     model = _model(c)
     for key, pattern in (("trainable", c["trainable"]), ("lora.targets", c["lora"]["targets"])):
         try:
@@ -182,8 +179,10 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
 
 def _model(c: Mapping[str, Any]) -> ModelConfig:
     """The model section as a fresh network, for checks; with "inherit" its sizes are another's and only the run's own choices hold."""
-    section = dict(c["model"])
-    added = section.pop("add_tokens", ())
+    section = c["model"]
+    if "add_tokens" not in section:
+        raise UserError("config.model lacks add_tokens: write every value out")
+    added = section["add_tokens"]
     if isinstance(added, str) or not all(isinstance(token, str) and token for token in added):
         raise UserError(f"config.model.add_tokens = {added!r}: must be a tuple of strings, e.g. ('<|tool|>',)")
     if added and not c["init_from"]:
@@ -191,10 +190,22 @@ def _model(c: Mapping[str, Any]) -> ModelConfig:
     if section.get("family") == INHERIT:
         if not c["init_from"]:
             raise UserError("config.model.family = 'inherit' needs config.init_from, whose architecture it takes")
-        section["family"] = "llama"
-    elif "family" in section:
-        section = {**families.fresh(section["family"]), **section}
-    return ModelConfig.create(section, ())
+        section = {**section, "family": "llama"}
+    return fresh_model(section, ())
+
+
+def fresh_model(section: Mapping[str, Any], outputs: tuple[str, ...]) -> ModelConfig:
+    """The network that a config's model section writes out, its family's choices where it writes none.
+
+    Args:
+      section: config.model; its family is not "inherit".
+      outputs: the heads.
+
+    Raises:
+      UserError: an unknown family or key, a missing key, or a value out of range.
+    """
+    fields = {key: value for key, value in section.items() if key != "add_tokens"}
+    return ModelConfig.create({**families.fresh(fields["family"]), **fields} if "family" in fields else fields, outputs)
 
 
 def _check_ptx(values: Mapping[str, Any], objective: objectives.Objective, online: bool) -> None:
@@ -279,10 +290,10 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     if ("pairs" in needs or objective.opponent is not None) and c["sampling"]["group_size"] % 2:
         raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} takes the samples of a prompt two by two; choose an "
                         "even number")
-    given = [key for key in ("reward_from", "reward_fn", "rewards") if c.get(key)]
+    given = [key for key in ("reward_from", "reward_fn", "rewards") if c[key]]
     if "reward" in needs and len(given) != 1:
         raise UserError(f"config.reward_from = {c['reward_from']!r}, config.reward_fn = {c['reward_fn']!r} and config.rewards = "
-                        f"{c.get('rewards', ())!r}: set exactly one of them")
+                        f"{c['rewards']!r}: set exactly one of them")
     if "reward" not in needs and given:
         raise UserError(f"config.{given[0]} = {c[given[0]]!r}: {name} reads no score; set it to {type(c[given[0]])()!r}")
 
@@ -295,7 +306,7 @@ def _check_files(c: Mapping[str, Any]) -> None:
         if path and not os.path.exists(path):
             raise UserError(f"config.{key} = {path!r}: no such file or folder")
     runs = {key: c.get(key, "") for key in ("init_from", "reference_from", "reward_from")}
-    for entry in entries.parse(c.get("rewards", ())):
+    for entry in entries.parse(c.get("rewards", ())):  # offline there is no such key
         if entry.function is None:
             runs |= {f"{entry.key.removeprefix('config.')}.{name}": path for name, path in entry.parameters.items() if name in RUNS}
     for key, path in runs.items():

@@ -82,7 +82,8 @@ def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState
     if found is None:
         return exp.start.state(), 0
     step, items, meta = found
-    if (began := meta.get("init_fingerprint")) and began != exp.provenance.get("init_fingerprint"):
+    reads_init = "base" in exp.frozen or exp.config["reference_from"] == "init"  # networks that do not train are not in a checkpoint
+    if reads_init and (began := meta.get("init_fingerprint")) and began != exp.provenance.get("init_fingerprint"):
         raise UserError(f"config.init_from = {exp.config['init_from']!r}: its weights are not those that this run was started from, which its frozen "
                         "networks would be read from; put them back, name the step, or choose another --workdir")
     trained = _trained_part(items["params"], layout.to_canonical(abstract.params))
@@ -354,7 +355,7 @@ def _write_start(folder: epath.Path, exp: Experiment) -> None:
         if account["truncated"] or skipped or account["identical"]:
             print(f"config.{'.'.join(FILES[name])}: {account['read']} rows read, {account['kept']} kept, {account['truncated']} truncated, "
                   f"{skipped} skipped {dict(account['skipped'])}, {account['identical']} pairs of identical branches, "
-                  f"{account.get('steps_cut', 0)} verdicts on steps cut off", flush=True)  # sets prepared by an earlier version do not count them
+                  f"{account['steps_cut']} verdicts on steps cut off", flush=True)
 
 
 def _cut_samples(folder: epath.Path, step: int) -> None:

@@ -43,7 +43,7 @@ def load(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) ->
       UserError: a checkpoint that cannot serve.
     """
     found = {}
-    for entry in parse(config.get("rewards", ())):
+    for entry in parse(config["rewards"]):
         if entry.name == "learned":
             found[entry.share.label] = {"reward": _network(entry, "run", "reward", tokenizer, model, config)}
         elif entry.name == "implicit":

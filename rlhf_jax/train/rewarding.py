@@ -31,7 +31,6 @@ from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
 RETOKENISED_BUCKET = 32  # tokens; rows for a reward model with another tokenizer are padded to multiples of it
-NEVER = {"policy": "raise", "default": 0.0, "timeout": 0.0}  # config.reward_failure where a config does not write it
 LOGGED = 16  # samples without a reward that one iteration writes to the log
 Rows = list[dict[str, Any]]  # from `completions`
 
@@ -57,9 +56,9 @@ class Rewards:
 
     def __init__(self, exp: Experiment) -> None:
         self._exp = exp
-        failure = exp.config.get("reward_failure", NEVER)
-        self._failure, self._default = failure, failure["default"] if failure["policy"] == "default" else None
-        self._parts = entries.parse(exp.config.get("rewards", ()))
+        self._failure = failure = exp.config["reward_failure"]
+        self._default = failure["default"] if failure["policy"] == "default" else None
+        self._parts = entries.parse(exp.config["rewards"])
         self._columns = self._build()
         self.pure = all(column.pure is not None for column in self._columns)
         self.failures: Rows = []  # samples of the last `measure` without a reward, each with its `failed`: {label: reason}

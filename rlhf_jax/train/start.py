@@ -119,7 +119,7 @@ class Start:
             for name, tree in shapes.items()
         }
         self._refuse_drawn_codes(leaves)
-        decide = trains(config["trainable"], adapters, bool(config["model"].get("add_tokens")))
+        decide = trains(config["trainable"], adapters, bool(config["model"]["add_tokens"]))
         axes = {name: transformer.logical_axes(network) for name, network in configs.items()}
         where = sharding.parameter_shardings(mesh, axes, shapes)
         base_dtype = {"same": None, "bfloat16": jnp.bfloat16}.get(config["lora"]["base"]) if adapters else None
@@ -157,20 +157,22 @@ class Start:
 
     def _made(self, leaves: PyTree, shapes: PyTree, where: PyTree) -> PyTree:
         """The leaves on their shardings: read from the checkpoint, or drawn."""
-        flat, treedef = jax.tree.flatten(leaves)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(leaves)]
-        shapes_, places = jax.tree.leaves(shapes), jax.tree.leaves(where)
-        missing = [i for i, leaf in enumerate(flat) if leaf is DRAWN]
-        if missing:
-            def draw() -> list[Any]:
-                tree = self._draw(self._configs)
-                return [functools.reduce(lambda node, entry: node[entry.key], paths[i], tree).astype(shapes_[i].dtype) for i in missing]
+        found, treedef = jax.tree_util.tree_flatten_with_path(leaves)
+        wanted = list(zip(found, jax.tree.leaves(shapes), jax.tree.leaves(where), strict=True))
+        missing = [(path, shape, at) for (path, leaf), shape, at in wanted if leaf is DRAWN]
 
-            drawn = sharding.jit(draw, self.mesh, out_shardings=[places[i] for i in missing])()
-            for i, leaf in zip(missing, drawn, strict=True):
-                flat[i] = leaf
-        made = [x if isinstance(x, jax.Array) and i in missing else sharding.place(x, places[i], shapes_[i].dtype) for i, x in enumerate(flat)]
+        def draw() -> list[Any]:
+            tree = self._draw(self._configs)
+            return [functools.reduce(lambda node, entry: node[entry.key], path, tree).astype(shape.dtype) for path, shape, _ in missing]
+
+        drawn = iter(sharding.jit(draw, self.mesh, out_shardings=[at for _, _, at in missing])() if missing else [])
+        made = [next(drawn) if leaf is DRAWN else sharding.place(leaf, at, shape.dtype) for (_, leaf), shape, at in wanted]
         return jax.tree.unflatten(treedef, made)
+
+    def _referred(self, tree: PyTree) -> PyTree:
+        """The trained leaves that a reference at the start needs: the policy's, without fresh adapters, which change nothing yet, and its heads."""
+        policy = {"policy": tree.get("policy", {})}
+        return split(policy, lambda path: re.search(f"{lora.TRAINABLE}|{NEW_HEADS}", path) is None)[0] if self._shares else policy
 
     def state(self) -> TrainState:
         """A new first state; every call gives the same one. `frozen` comes first."""
@@ -178,15 +180,13 @@ class Start:
         return sharding.jit(self._first, self.mesh, out_shardings=self.shardings, donate=(0,))(trained, self._frozen)
 
     def frozen(self, reference_is_start: bool) -> PyTree:
-        """The untrained leaves, and the reference's own copy of those that train (the others it shares with the base; all of them where fresh
-        adapters train, which change nothing yet)."""
+        """The untrained leaves, and the reference's own copy of those that train; the others it shares with the base."""
         trees: dict[str, PyTree] = {}
         if self._base:
             trees["base"] = self._made(self._base_leaves, self._base, self._base_at)
         if reference_is_start:
-            own = {} if self._shares else {"policy": self._trained.get("policy", {})}
-            pick = lambda tree: {name: tree.get(name, {}) for name in own}  # noqa: E731
-            trees["ref"] = self._made(pick(self._trained_leaves), own, pick(self._trained_at)).get("policy", {})
+            own = (self._referred(tree) for tree in (self._trained_leaves, self._trained, self._trained_at))
+            trees["ref"] = self._made(*own).get("policy", {})
         self._frozen |= trees
         return trees
 

@@ -103,15 +103,47 @@ def test_tables_with_new_tokens_train_beside_adapters(directories, tmp_path: pat
     np.testing.assert_array_equal(run.params["layers"]["0"]["query"]["kernel"], before.params["layers"]["0"]["query"]["kernel"])
 
 
+def test_a_reference_at_the_start_knows_the_added_tokens(directories, tmp_path: pathlib.Path) -> None:
+    """Beside fresh adapters the tables train; the reference keeps them as they were. A policy that has not moved yet is its own reference."""
+    changes = {"init_from": directories("policy"), **INHERIT, "model.add_tokens": ("<|call|>", "<|done|>"), "lora.rank": 2, "run.steps": 2,
+               "reference_from": "init"}
+    train(tiny("dpo", changes), str(tmp_path))
+    rows = [row for row in metrics(tmp_path) if "loss/dpo" in row]
+    assert rows[0]["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6) and abs(rows[-1]["loss/dpo"] - np.log(2)) > 1e-6
+
+
+def _changed(directories: Any, tmp_path: pathlib.Path) -> tuple[pathlib.Path, Callable[[], None]]:
+    """A copy of the policy's directory, and what changes its last weight."""
+    folder = tmp_path / "model"
+    shutil.copytree(directories("policy"), folder)
+    (folder / "SHA256SUMS").unlink()
+
+    def change() -> None:
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-2] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+
+    return folder, change
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_run_that_holds_all_its_weights_goes_on_without_its_start(directories, tmp_path: pathlib.Path, adapters: bool) -> None:
+    folder, change = _changed(directories, tmp_path)
+    config = tiny("sft", {"init_from": str(folder), **INHERIT, "lora.rank": 2 if adapters else 0, "run.steps": 1})
+    first = train(config, str(tmp_path / "run"))
+    change()
+    if adapters:  # the base is read from it
+        with pytest.raises(UserError, match="its weights are not those that this run was started from"):
+            train(config, str(tmp_path / "run"))
+    else:
+        assert train(config, str(tmp_path / "run")).state_hash == first.state_hash
+
+
 def test_a_directory_that_changed_is_told_apart(directories, tmp_path: pathlib.Path) -> None:
-    shutil.copytree(directories("policy"), tmp_path / "model")
-    (tmp_path / "model" / "SHA256SUMS").unlink()
-    before = load_source(str(tmp_path / "model"), "x").meta["fingerprint"]
-    weights = tmp_path / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-2] ^= 1
-    weights.write_bytes(content)
-    assert load_source(str(tmp_path / "model"), "x").meta["fingerprint"] != before == load_source(directories("policy"), "x").meta["fingerprint"]
+    folder, change = _changed(directories, tmp_path)
+    before = load_source(str(folder), "x").meta["fingerprint"]
+    change()
+    assert load_source(str(folder), "x").meta["fingerprint"] != before == load_source(directories("policy"), "x").meta["fingerprint"]
 
 
 @pytest.mark.parametrize(("changes", "said"), [
