@@ -24,7 +24,10 @@ from absl import flags
 from rlhf_jax.cli.main import script
 
 HERE = pathlib.Path(__file__).resolve().parent
-SCRIPTS = {"sft": "sft.py", "reward": "reward.py", "dpo": "dpo.py", "generate": "gen.py", "ppo": "ppo.py", "grpo": "grpo.py"}
+SCRIPTS = {  # of the peer, with its arguments; TRL's GRPO has no reference unless told to
+    "sft": ("sft.py",), "reward": ("reward.py",), "dpo": ("dpo.py",), "generate": ("gen.py",), "ppo": ("ppo.py",), "grpo": ("grpo.py", "--beta=0.04"),
+    "grpo_no_reference": ("grpo.py", "--beta=0.0"),
+}
 
 flags.DEFINE_list("phases", list(SCRIPTS), "what to time")
 flags.DEFINE_integer("repeats", 2, "processes per phase and side")
@@ -60,22 +63,23 @@ def main(_: list[str]) -> None:
     if not options.same_allocator:
         peer_environment.pop("GLIBC_TUNABLES", None)
     rows = []
-    print(f"{'phase':<10} {'ours s':>8} {'peer s':>8} {'ratio':>6} {'peak MiB':>9}")
+    print(f"{'phase':<18} {'ours s':>8} {'peer s':>8} {'ratio':>6} {'peak MiB':>9}")
     for phase in options.phases:
         ours: list[dict[str, Any] | None] = []
         theirs: list[dict[str, Any] | None] = []
-        scripted = pathlib.Path(options.peer_scripts) / SCRIPTS[phase]
+        script_name, *arguments = SCRIPTS[phase]
+        scripted = pathlib.Path(options.peer_scripts) / script_name
         for _repeat in range(options.repeats):
             ours.append(run([sys.executable, str(HERE / "w1.py"), f"--phase={phase}", f"--steps={options.steps}"], dict(os.environ)))
             if options.peer_python and scripted.exists():
-                theirs.append(run([options.peer_python, str(scripted), f"--steps={options.steps}"], peer_environment))
+                theirs.append(run([options.peer_python, str(scripted), f"--steps={options.steps}", *arguments], peer_environment))
         mine, peer = ([s for s in map(seconds, side) if s is not None] for side in (ours, theirs))
         row = {"phase": phase, "ours_s": statistics.median(mine) if mine else None, "peer_s": statistics.median(peer) if peer else None}
         row["peak_rss_mib"] = max((r["peak_rss_mib"] for r in ours if r), default=None)
         row["ratio"] = round(row["peer_s"] / row["ours_s"], 2) if row["peer_s"] and row["ours_s"] else None
         rows.append(row)
         cell = lambda value, form: "–" if value is None else format(value, form)  # noqa: E731
-        print(f"{phase:<10} {cell(row['ours_s'], '.4f'):>8} {cell(row['peer_s'], '.4f'):>8} {cell(row['ratio'], '.2f'):>6} "
+        print(f"{phase:<18} {cell(row['ours_s'], '.4f'):>8} {cell(row['peer_s'], '.4f'):>8} {cell(row['ratio'], '.2f'):>6} "
               f"{cell(row['peak_rss_mib'], 'd'):>9}", flush=True)
     if options.output:
         pathlib.Path(options.output).write_text(json.dumps(rows, indent=2) + "\n")

@@ -2,8 +2,9 @@
 
 Llama shape, hidden 256, 4 layers, 8 query / 4 kv heads, head_dim 32, mlp 688, vocabulary 8192, untied, float32 (7.1 M parameters). Training:
 8 × 256 tokens (128 prompt + 128 response), pairwise objectives 8 pairs; AdamW, no clipping. Generate: 16 prompts of 64, 128 new tokens,
-temperature 1. PPO and GRPO iteration: 16 rollouts, prompt 64, 64 new tokens, one epoch, KL to a reference; the reward is the share of even
-token ids, in the program. The step computes gradient norm and entropy metrics besides; what a peer computes beyond that is its own.
+temperature 1. PPO and GRPO iteration: 16 rollouts, prompt 64, 64 new tokens, one epoch, KL to a reference (GRPO also without); GRPO in groups of 4;
+the reward is the share of even token ids, in the program; old log-probs are the sampler's, which are the trainer's (float32, no filters). The step
+computes gradient norm and entropy metrics besides; what a peer computes beyond that is its own.
 
     python experiments/benchmarks/w1.py --phase dpo --steps 16
 """
@@ -30,7 +31,8 @@ from rlhf_jax.train import optimizer as optimizers
 from rlhf_jax.train.step import make_step
 from rlhf_jax.types import Comparisons, Prompts, Sequences, TrainState
 
-PHASES = ("sft", "reward", "dpo", "generate", "ppo", "grpo")
+ONLINE = ("ppo", "grpo", "grpo_no_reference")
+PHASES = ("sft", "reward", "dpo", "generate", *ONLINE)
 WARM = 3
 VOCAB, PROMPT, TOKENS = 8192, 128, 256
 NEVER_STOP = (VOCAB - 1,)
@@ -48,6 +50,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": dict(name="dpo", beta=0.1),
     "ppo": {"name": "ppo", **objectives.load("ppo").DEFAULTS, "missing_eos_penalty": 0.0},
     "grpo": {"name": "grpo", **objectives.load("grpo").DEFAULTS, "missing_eos_penalty": 0.0},
+    "grpo_no_reference": {"name": "grpo", **objectives.load("grpo").DEFAULTS, "missing_eos_penalty": 0.0, "beta": 0.0},
 }
 
 
@@ -97,16 +100,16 @@ def build(phase: str) -> tuple[Callable[[Any], Any], Any]:
                                              top_k=0, top_p=1.0, stop_ids=NEVER_STOP, pad_id=0), mesh)
         return lambda _: run(params, key), None
     frozen = {"ref": jax.tree.map(jnp.copy, params["policy"])} if phase in ("dpo", "ppo", "grpo") else {}
-    objective = objectives.bind(OBJECTIVES[phase])
+    objective, group = objectives.bind(OBJECTIVES[phase]), 1 if phase == "ppo" else 4
     tx, rate = optimizers.build(OPTIMIZER, 1000)
     carry = objective.init_carry(Networks(params, frozen, spec))
     state = jax.jit(lambda p: TrainState(step=jnp.int32(0), batch_index=jnp.int32(0), params=p, opt_state=tx.init(p), key=key, carry=carry))(params)
     step = make_step(objective, spec, tx, rate, microbatches=1, epochs=1, minibatches=1)
-    if phase in ("ppo", "grpo"):
-        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0}
-        rollout = online.make_rollout(spec, options, stop_ids=NEVER_STOP, pad_id=0, group_size=4 if phase == "grpo" else 1)
+    if phase in ONLINE:
+        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "old_logps": "sampler"}
+        rollout = online.make_rollout(spec, options, stop_ids=NEVER_STOP, pad_id=0, group_size=group)
         step = online.fuse(rollout, lambda p, f, r: (((r.seqs.tokens % 2 == 0) & r.seqs.loss_mask).mean(-1) * 2, {}), step)
-        batch: Any = prompts(16, 4 if phase == "grpo" else 1)
+        batch: Any = prompts(16, group)
     else:
         batch = rows(8) if phase == "sft" else Comparisons(seqs=rows(8, 2))
     jitted = sharding.jit(step, mesh, donate=(0,))

@@ -118,27 +118,35 @@ class Task:
         paths = {split: str(self.folder / "pairs" / f"{split}.jsonl") for split in ("train", "valid", "test")}
         if all(pathlib.Path(path).exists() for path in paths.values()):
             return paths
-        noisy = self._samples("rm")
-        rows, audit = label_pairs(noisy, self.gold, scale=LABEL_SCALE, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
+        self.label("sft", "rm", self.folder / "pairs", self.seed)
+        clean, _ = clean_pairs(self.samples_of("sft", "test", self.seed), self.gold, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
+        if not clean:
+            raise UserError(f"{self.name}: the SFT policy's samples hold no pair of different gold: train it longer (configs/sft.py:demo)")
+        write_preferences(paths["test"], clean)
+        return paths
+
+    def label(self, stage: str, split: str, folder: pathlib.Path, seed: int) -> dict[str, str]:
+        """Noisily labelled pairs of a policy's samples: {"train": …, "valid": …}, the latter from a tenth of the prompts; audit.json beside them."""
+        paths = {name: str(folder / f"{name}.jsonl") for name in ("train", "valid")}
+        noisy = self.samples_of(stage, split, seed)
+        rows, audit = label_pairs(noisy, self.gold, scale=LABEL_SCALE, pairs_per_prompt=PAIRS_PER_PROMPT, seed=seed)
+        if not rows:
+            raise UserError(f"{self.name}: the samples of {stage!r} hold no pair of different texts")
         held_out = max(len(noisy) // 10, 1)
         write_preferences(paths["train"], (row for row in rows if row["prompt_id"] >= held_out))
         write_preferences(paths["valid"], (row for row in rows if row["prompt_id"] < held_out))
-        clean, _ = clean_pairs(self._samples("test"), self.gold, pairs_per_prompt=PAIRS_PER_PROMPT, seed=self.seed)
-        if not clean or not rows:
-            raise UserError(f"{self.name}: the SFT policy's samples hold no pair of different gold: train it longer (configs/sft.py:demo)")
-        write_preferences(paths["test"], clean)
-        write_whole(self.folder / "pairs" / "audit.json", json.dumps(audit.as_dict(), indent=2) + "\n")
+        write_whole(folder / "audit.json", json.dumps(audit.as_dict(), indent=2) + "\n")
         print(f"  {audit.pairs} pairs, {100 * audit.as_dict()['flip_share']:.0f} % labelled against gold, {audit.identical} identical skipped")
         return paths
 
-    def _samples(self, split: str) -> list[Samples]:
-        """SFT samples of every prompt, half of them at each temperature: the hotter ones hold the mistakes that a reward model must have seen,
+    def samples_of(self, stage: str, split: str, seed: int) -> list[Samples]:
+        """A policy's samples of every prompt, half of them at each temperature: the hotter ones hold the mistakes that a reward model must have seen,
         or RL finds that it never learnt to mind them."""
-        policy, prompts = self.policy("sft"), self.prompts(split, SAMPLES_PER_PROMPT // len(TEMPERATURES))
+        policy, prompts = self.policy(stage), self.prompts(split, SAMPLES_PER_PROMPT // len(TEMPERATURES))
         found: dict[int, list[str]] = {}
         for batch in prompts.eval_batches():
             for number, temperature in enumerate(TEMPERATURES, start=1):
-                rolled = policy.generate(batch, seed=self.seed + number, max_new_tokens=NEW_TOKENS[self.name], temperature=temperature)
+                rolled = policy.generate(batch, seed=seed + number, max_new_tokens=NEW_TOKENS[self.name], temperature=temperature)
                 for row, text in enumerate(responses(rolled, policy.source.tokenizer)):
                     if batch.real[row]:
                         found.setdefault(int(batch.prompt_ids[row]), []).append(text)
@@ -204,9 +212,9 @@ def load_config(name: str, variant: str) -> Any:
     return module.get_config(variant)
 
 
-def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
-    """All stages of one task, in order."""
-    sft, rm = task.path("sft"), task.path("rm")
+def begin(task: Task) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The SFT policy and the reward model; what stages on pairs and stages on prompts change in their configs to go on from there."""
+    sft = task.path("sft")
     train_file, valid_file = task.split_demonstrations()
     seconds = task.train("sft", data__train=train_file, data__valid=valid_file)
     task.report("sft", seconds)
@@ -215,6 +223,12 @@ def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
     task.reward_accuracy(pairs, task.train("rm", **on_pairs))
     on_prompts = dict(init_from=sft, data__train=task.files["rl"], data__valid=task.files["valid"],
                       sampling__max_new_tokens=NEW_TOKENS[task.name])
+    return on_pairs, on_prompts
+
+
+def run_task(task: Task, stages: list[str], say: Callable[[str], None]) -> None:
+    """All stages of one task, in order."""
+    (on_pairs, on_prompts), rm = begin(task), task.path("rm")
     rewards = {
         "dpo": on_pairs,
         "ppo": {**on_prompts, "reward_from": rm},

@@ -27,6 +27,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES
 
 COLOURS = {"sft": "#8792A5", "rm": "#8E63CE", "dpo": "#2F6FDE", "ppo": "#E07B39", "grpo": "#16936F", "grpo_gold": "#B8921C"}
+_SERIES = ("#E07B39", "#16936F", "#2F6FDE", "#8E63CE", "#B8921C", "#C2456B")  # of what is no stage
 
 # Which metrics tell the story of a stage, by pattern, best first; the names are the field's (STYLE: `objective/kl`, `reward/margin`).
 _STORY = {
@@ -122,6 +123,29 @@ def frontier(tasks: Mapping[str, Mapping[str, Any]]) -> str:
                 axis.set_ylabel("gold, sampled")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8.5, columnspacing=1.2, handletextpad=0.2)
+        return _svg(figure)
+
+
+def lines(panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]], *, x: str, y: str) -> str:
+    """Repeated measurements as lines, their mean in bold over each of them; a panel per task.
+
+    Args:
+      panels: task -> name -> one list of points per seed, all of one length.
+      x, y: labels of the axes.
+    """
+    with _figure(len(panels), height=3.4) as (figure, axes):
+        for index, (axis, (task, named)) in enumerate(zip(axes, panels.items())):
+            for number, (name, seeds) in enumerate(named.items()):
+                points, colour = np.array(seeds, float), _SERIES[number % len(_SERIES)]
+                for one in points:
+                    axis.plot(one[:, 0], one[:, 1], color=colour, linewidth=0.8, alpha=0.35)
+                axis.plot(*points.mean(0).T, "o-", color=colour, markersize=4, linewidth=1.8, label=name)
+            axis.set_title(task)
+            axis.set_xlabel(x)
+            if index == 0:
+                axis.set_ylabel(y)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8.5, columnspacing=1.2, handletextpad=0.4)
         return _svg(figure)
 
 
