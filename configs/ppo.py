@@ -85,6 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
         group_size=1,  # samples per prompt
         max_new_tokens=512, temperature=1.0, top_k=0, top_p=1.0,
         filters=(),  # more of them, in their order, e.g. (dict(name="min_p", p=0.05),); see rlhf_jax/sampling/filters.py
+        old_logps="trainer",  # log π_old of the first ratio: trainer (a pass of its own) | sampler (its unfiltered ones; the same but for rounding)
         stop_strings=(),  # texts that end a response, beside the tokenizer's stop tokens; the token that completes one is kept
     ))
 

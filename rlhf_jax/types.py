@@ -38,6 +38,9 @@ class Sequences(struct.PyTreeNode, kw_only=True):
     loss_mask: Array  # [B, T] bool, tokens whose log-prob is trained on
     ref_logps: Array | None = None  # [B, T] float32 nats, the reference's log-probs
     loss_positions: Array | None = None  # [B, R] int32, where the head runs; padded with 0; None = everywhere
+    # (G, P): each G neighbours hold the same first P slots, and nothing before slot P is trained on or read: a network computes those slots once for
+    # the G. Rows that are moved apart must lose it (ops/rows.py); rows that only seem to share their beginning read NaN. None = nothing is known.
+    prefix: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def real(self) -> Array:

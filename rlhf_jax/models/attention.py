@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.types import Array
 
+
+class Forked(NamedTuple):
+    """Who sees whom in rows [P | N | N | …] of one prompt and G responses to it: every response sees the prompt and itself."""
+
+    prompt: Array  # [g, Q, P] bool, the prompt's queries (from slot P − Q on)
+    responses: Array  # [g, G, N, P + N] bool
+
+
+Mask = Array | Forked
 ELEMENTWISE = ("cpu",)  # backends on which one query per row is a sum of products; elsewhere a dot
 
 
@@ -34,23 +45,53 @@ def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float,
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
     if length == 1 and jax.default_backend() in ELEMENTWISE:
         return _attend_one(grouped[:, 0], key, value, mask[:, 0], scale, softcap).reshape(query.shape)
-    logits = jnp.einsum("btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32) * scale
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, None, :, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    logits = jnp.einsum("btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32)
+    weights = _weights(logits, mask[:, None, None, :, :], scale, softcap).astype(value.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads, dim)
 
 
 def _attend_one(query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float) -> Array:
     """`attend` for one query per row, [B, G, H/G, d], as sums of products in the cache's own layout: a dot would transpose keys and values first,
     that is copy the cache for every token."""
-    logits = (query[:, None].astype(jnp.float32) * key[:, :, :, None].astype(jnp.float32)).sum(-1) * scale  # [B, S, G, H/G]
+    logits = (query[:, None].astype(jnp.float32) * key[:, :, :, None].astype(jnp.float32)).sum(-1)  # [B, S, G, H/G]
+    weights = _weights(logits, mask[:, :, None, None], scale, softcap, axis=1).astype(value.dtype)
+    return (weights[..., None].astype(jnp.float32) * value[:, :, :, None].astype(jnp.float32)).sum(1).astype(value.dtype)
+
+
+def _weights(logits: Array, mask: Array, scale: float, softcap: float, axis: int = -1) -> Array:
+    logits = logits * scale
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=1).astype(value.dtype)
-    return (weights[..., None].astype(jnp.float32) * value[:, :, :, None].astype(jnp.float32)).sum(1).astype(value.dtype)
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=axis)
+
+
+def attend_forked(query: Array, key: Array, value: Array, mask: Forked, *, scale: float, softcap: float = 0.0) -> Array:
+    """`attend` in rows of one prompt and G responses to it, whose keys and values of the prompt are there once.
+
+    Args:
+      query: [g, Q + G·N, H, d], the last Q slots of the prompt and the responses one after the other.
+      key, value: [g, P + G·N, K, d], K divides H.
+      mask: of the same sizes.
+      scale, softcap: as in `attend`.
+
+    Returns:
+      [g, Q + G·N, H, d].
+
+    See: Juravsky et al. 2024, Hydragen (arXiv:2402.05099), for decoding; here the gradient goes through it, and the softmax is one.
+    """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    (rows, queries, prompt), (_, group, length, _) = mask.prompt.shape, mask.responses.shape
+    first = attend(query[:, :queries], key[:, :prompt], value[:, :prompt], mask.prompt, scale=scale, softcap=softcap)
+    own = lambda y: y[:, -group * length :].reshape(rows, group, length, *y.shape[2:])  # noqa: E731
+    q = own(query).reshape(rows, group, length, key.shape[2], -1, query.shape[-1])
+    to_prompt = jnp.einsum("xbnghd,xpgd->xbghnp", q, key[:, :prompt], preferred_element_type=jnp.float32)
+    to_own = jnp.einsum("xbnghd,xbmgd->xbghnm", q, own(key), preferred_element_type=jnp.float32)
+    logits = jnp.concatenate([to_prompt, to_own], axis=-1)
+    weights = _weights(logits, mask.responses[:, :, None, None], scale, softcap).astype(value.dtype)
+    out = jnp.einsum("xbghnp,xpgd->xbnghd", weights[..., :prompt], value[:, :prompt])
+    out = out + jnp.einsum("xbghnm,xbmgd->xbnghd", weights[..., prompt:], own(value))
+    return jnp.concatenate([first, out.reshape(rows, group * length, *query.shape[2:])], axis=1)
 
 
 def visibility(segment_ids: Array) -> Array:
@@ -66,17 +107,52 @@ def visibility(segment_ids: Array) -> Array:
     return causal[None] & same & (segment_ids != 0)[:, None, :]
 
 
-def within(mask: Array, slot: Array | int, window: int) -> Array:
+def forked(segment_ids: Array, prefix: tuple[int, int]) -> Forked:
+    """`visibility` of rows whose neighbours share a prompt.
+
+    Args:
+      segment_ids: [B, T] int32.
+      prefix: (G, P), as in types.Sequences.
+    """
+    chex.assert_rank(segment_ids, 2)
+    (group, prompt), seen = prefix, visibility(segment_ids)
+    seen = seen.reshape(-1, group, *seen.shape[1:])
+    return Forked(seen[:, 0, :prompt, :prompt], seen[:, :, prompt:])
+
+
+def reading(mask: Mask, start: int) -> Mask:
+    """The mask of the queries from slot `start` of a row on.
+
+    Args:
+      mask: [B, T, S] bool, or forked.
+      start: slots left out; in a forked row less than the prompt's.
+    """
+    if isinstance(mask, Forked):
+        return mask._replace(prompt=mask.prompt[:, start:])
+    chex.assert_rank(mask, 3)
+    return mask[:, start:]
+
+
+def within(mask: Mask, slot: Array | int, window: int) -> Mask:
     """`mask` where the key is one of the query's last `window` slots, its own included. The tokens of a segment lie in a row, so that slots count
     positions.
 
     Args:
-      mask: [B, T, S] bool.
+      mask: [B, T, S] bool, or forked.
       slot: [] int32, the slot of the first query.
       window: slots; 0 = all.
     """
-    chex.assert_rank(mask, 3)
+    chex.assert_rank(mask.prompt if isinstance(mask, Forked) else mask, 3)
     if not window:
         return mask
-    distance = slot + jnp.arange(mask.shape[1])[:, None] - jnp.arange(mask.shape[2])[None, :]
-    return mask & (distance < window)[None]
+    if isinstance(mask, Forked):
+        length, seen = mask.responses.shape[-2:]
+        return Forked(mask.prompt & _near(mask.prompt, slot, window), mask.responses & _near(mask.responses, seen - length, window))
+    return mask & _near(mask, slot, window)
+
+
+def _near(mask: Array, slot: Array | int, window: int) -> Array:
+    """[…, queries, keys] bool of a mask's rank, the first query in slot `slot`."""
+    queries, keys = mask.shape[-2:]
+    near = slot + jnp.arange(queries)[:, None] - jnp.arange(keys)[None, :] < window
+    return near.reshape((1,) * (mask.ndim - 2) + near.shape)

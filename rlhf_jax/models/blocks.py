@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import moe, rope
-from rlhf_jax.models.attention import attend, within
+from rlhf_jax.models.attention import Forked, Mask, attend, attend_forked, reading, within
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import ACTIVATIONS, Linear, Norm, drop, pin
 from rlhf_jax.types import Array
@@ -30,10 +30,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, tables: dict[bool, rope.Tables], mask: Array, keys: Array | None = None, index: Array | int = 0,
-        cache: Cache | None = None, slot: Array | int = 0,
+        self, x: Array, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None = None, index: Array | int = 0,
+        cache: Cache | None = None, slot: Array | int = 0, reads: int = 0,
     ) -> tuple[Array, Cache | None, Choices | None]:
-        c = self.config
+        c = self.config  # what comes out begins at slot `reads`: those before give keys and values only
         before, after = c.norm_placement != "post", c.norm_placement in ("post", "both")
 
         def branch(name: str, x: Array, run: Any, salt: Array | int) -> tuple[Array, Any]:
@@ -41,9 +41,10 @@ class Block(nn.Module):
             h = Norm(c, name=f"{name}_post_norm")(h) if after else h
             return drop(h, keys, salt, c.dropout), extra
 
-        attention = functools.partial(self._attention, tables=tables, mask=mask, keys=keys, index=index, cache=cache, slot=slot)
+        attention = functools.partial(self._attention, tables=tables, mask=mask, keys=keys, index=index, cache=cache, slot=slot, reads=reads)
         feed_forward = functools.partial(self._feed_forward, keys=keys, index=index)
         h, cache = branch("attention", x, attention, 2 * index + 1)
+        x = x[:, reads:]
         if c.norm_placement == "parallel":
             y, choices = branch("mlp", x, feed_forward, 2 * index + 2)
             return pin(x + h + y), cache, choices
@@ -51,30 +52,33 @@ class Block(nn.Module):
         h, choices = branch("mlp", x, feed_forward, 2 * index + 2)
         return pin(x + h), cache, choices
 
-    def _attention(self, h: Array, *, tables: dict[bool, rope.Tables], mask: Array, keys: Array | None, index: Array | int, cache: Cache | None,
-                   slot: Array | int) -> tuple[Array, Cache | None]:
-        c, (batch, length, _) = self.config, h.shape
+    def _attention(self, h: Array, *, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None, index: Array | int, cache: Cache | None,
+                   slot: Array | int, reads: int) -> tuple[Array, Cache | None]:
+        c, batch = self.config, h.shape[0]
         salt = DROPOUTS * index
 
-        def project(name: str, heads: int, axis: str, salt: Array | int) -> Array:
+        def project(name: str, h: Array, heads: int, axis: str, salt: Array | int) -> Array:
             return Linear(c, heads * c.head_dim, ("embed", axis), bias=c.qkv_bias, name=name)(h, keys, salt)
 
-        query, key = project("query", c.heads, "heads", salt), project("key", c.kv_heads, "kv_heads", salt + 1)
-        value = project("value", c.kv_heads, "kv_heads", salt + 2)
+        query, key = project("query", h[:, reads:], c.heads, "heads", salt), project("key", h, c.kv_heads, "kv_heads", salt + 1)
+        value = project("value", h, c.kv_heads, "kv_heads", salt + 2)
         if c.qk_norm == "full":
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
-        query = query.reshape(batch, length, c.heads, c.head_dim)
-        key, value = (y.reshape(batch, length, c.kv_heads, c.head_dim) for y in (key, value))
+        query = query.reshape(batch, -1, c.heads, c.head_dim)
+        key, value = (y.reshape(batch, -1, c.kv_heads, c.head_dim) for y in (key, value))
         if c.qk_norm == "head":
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if tables:
-            query, key = (rope.rotate(y, tables[self.window > 0]) for y in (query, key))
+            table = tables[self.window > 0]
+            query, key = rope.rotate(query, jax.tree.map(lambda y: y[:, reads:], table)), rope.rotate(key, table)
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = {"k": write(cache["k"], key.astype(cache["k"].dtype)), "v": write(cache["v"], value.astype(cache["v"].dtype))}
             key, value = cache["k"], cache["v"]
-        h = attend(query, key, value, within(mask, slot, self.window), scale=c.attention_scale or c.head_dim**-0.5, softcap=c.attention_softcap)
-        h = h.reshape(batch, length, c.heads * c.head_dim)
+        mask = within(reading(mask, reads), slot + reads, self.window)
+        weigh: Any = attend_forked if isinstance(mask, Forked) else attend
+        h = weigh(query, key, value, mask, scale=c.attention_scale or c.head_dim**-0.5, softcap=c.attention_softcap)
+        h = h.reshape(batch, -1, c.heads * c.head_dim)
         return Linear(c, c.hidden, ("heads", "embed"), (2 * c.layers) ** -0.5, c.output_bias, name="output")(h, keys, salt + 3), cache
 
     def _feed_forward(self, h: Array, *, keys: Array | None, index: Array | int) -> tuple[Array, Choices | None]:

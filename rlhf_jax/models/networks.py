@@ -20,7 +20,7 @@ from flax import struct
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.ops import masking, vocab
+from rlhf_jax.ops import masking, rows, vocab
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
@@ -208,19 +208,19 @@ class Networks(struct.PyTreeNode):
             if keys is not None:
                 keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(lead[1])))(keys).reshape(-1)
 
-        def forward(rows: Any) -> dict[str, Array]:
-            return _forward(config, params, *rows, want=want, temperature=self.spec.temperature, noise=noise, balance=balance)
+        def forward(batch: Any) -> dict[str, Array]:
+            return _forward(config, params, *batch, want=want, temperature=self.spec.temperature, noise=noise, balance=balance)
 
-        rows = (seqs, keys, along)
+        if len(lead) == 2 or not _forks(config, keys, noise):
+            seqs = seqs.replace(prefix=None)
+        batch: Any = (seqs, keys, along)
         chunks = self.row_chunks
         balance = self.tally is not None and config.experts > 0 and config.balance_coef > 0 and trained
         if chunks > 1 and lead[0] % chunks == 0:
-            # Strided chunks: the contiguous split of a sharded batch would make the partitioner replicate it.
-            strided = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), rows)
-            out = jax.lax.map(forward, strided)
-            out = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
+            batch = rows.divisible(batch, chunks)
+            out = rows.joined(jax.lax.map(forward, rows.interleave(batch, chunks)), rows.group_size(batch))
         else:
-            out = forward(rows)
+            out = forward(batch)
         if balance:
             assert self.tally is not None
             sequences = (masking.segment_starts(seqs.segment_ids) & (seqs.segment_ids != 0)).sum()
@@ -235,12 +235,23 @@ def _config(config: ModelConfig | None, name: str) -> ModelConfig:
     return config
 
 
+def _forks(config: ModelConfig, keys: Array | None, noise: float) -> bool:
+    """Whether a prompt may be computed once for several rows: nothing in it is drawn or counted per row."""
+    adapters = config.lora.dropout if config.lora is not None else 0.0
+    return not config.experts and not noise and (keys is None or not (config.dropout or adapters))
+
+
 def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float,
              noise: float, balance: bool) -> dict[str, Array]:
     """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
-    hidden, losses = transformer.balanced_trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys, noise)
+    read = (seqs.tokens, seqs.positions, seqs.segment_ids)
     starts = masking.segment_starts(seqs.segment_ids)
-    out: dict[str, Array] = {"balance": losses} if balance else {}
+    out: dict[str, Array] = {}
+    if seqs.prefix is not None:
+        hidden = transformer.forked_trunk(config, params, *read, seqs.prefix)
+    else:
+        hidden, losses = transformer.balanced_trunk(config, params, *read, keys, noise)
+        out |= {"balance": losses} if balance else {}
     if "hidden" in want:
         out["hidden"] = hidden
     if "scores" in want:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from rlhf_jax.models import layout, moe, rope
-from rlhf_jax.models.attention import visibility
+from rlhf_jax.models.attention import Mask, forked, visibility
 from rlhf_jax.models.blocks import Block, Cache, Choices
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
@@ -129,18 +129,19 @@ def logical_axes(config: ModelConfig) -> PyTree:
     return layout.axes_to_runtime(names, config.unit)
 
 
-def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Array, keys: Array | None, cache: Cache | None, slot: Array | int
-            ) -> tuple[Array, Cache | None, list[Choices]]:
-    """The stack of blocks: whole units scanned, the rest unrolled; the cache goes along as scan inputs and outputs."""
+def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask, keys: Array | None, cache: Cache | None, slot: Array | int,
+            reads: int = 0) -> tuple[Array, Cache | None, list[Choices]]:
+    """The stack of blocks: whole units scanned, the rest unrolled; the cache goes along as scan inputs and outputs. What comes out begins at slot
+    `reads`."""
 
-    def apply(kind: int, x: Array, layer: PyTree, index: Array | int, cache: Cache | None) -> tuple[Array, Cache | None, Choices | None]:
-        out: Any = _block(config, kind).apply({"params": layer}, x, tables, mask, keys, index, cache, slot)
+    def apply(kind: int, reads: int, x: Array, layer: PyTree, index: Array | int, cache: Cache | None) -> tuple[Array, Cache | None, Choices | None]:
+        out: Any = _block(config, kind).apply({"params": layer}, x, tables, mask, keys, index, cache, slot, reads)
         return out
 
     if config.remat == "full":
-        apply = jax.checkpoint(apply, static_argnums=0)
+        apply = jax.checkpoint(apply, static_argnums=(0, 1))
     elif config.remat == "dots":
-        apply = jax.checkpoint(apply, static_argnums=0, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        apply = jax.checkpoint(apply, static_argnums=(0, 1), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
     layers, unit = params["layers"], config.unit
     new_cache: dict[str, Any] = {}
@@ -150,7 +151,7 @@ def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Ar
         stacked, repeat, caches = inputs
         out: dict[str, Any] = {}
         for kind, name in enumerate(layout.unit_names(unit)):
-            x, *out[name] = apply(kind, x, stacked[name], repeat * unit + kind, None if caches is None else caches[name])
+            x, *out[name] = apply(kind, 0, x, stacked[name], repeat * unit + kind, None if caches is None else caches[name])
         return x, out
 
     if unit:
@@ -159,10 +160,11 @@ def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Ar
         x, out = jax.lax.scan(body, x, (layers[layout.SCAN], jnp.arange(repeats), caches))
         new_cache[layout.SCAN] = {name: kept for name, (kept, _) in out.items()}
         choices += [jax.tree.map(lambda y, r=r: y[r], chosen) for _, chosen in out.values() if chosen is not None for r in range(repeats)]
-    for i in range(config.layers - config.layers % unit if unit else 0, config.layers):
-        x, new_cache[str(i)], chosen = apply(i, x, layers[str(i)], i, None if cache is None else cache[str(i)])
+    unrolled = range(config.layers - config.layers % unit if unit else 0, config.layers)
+    for i in unrolled:
+        x, new_cache[str(i)], chosen = apply(i, reads if i == unrolled[-1] else 0, x, layers[str(i)], i, None if cache is None else cache[str(i)])
         choices += [] if chosen is None else [chosen]
-    return x, None if cache is None else new_cache, choices
+    return x if unrolled else x[:, reads:], None if cache is None else new_cache, choices
 
 
 def trunk(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, segment_ids: Array, keys: Array | None = None,
@@ -190,6 +192,39 @@ def balanced_trunk(config: ModelConfig, params: PyTree, tokens: Array, positions
     x, _, choices = _layers(config, params, x, rope.tables(config, positions), visibility(segment_ids), keys, None, 0)
     losses = [moe.balance(*chosen, segment_ids) for chosen in choices]
     return pin(_ends(config, params, "finish", x)), sum(losses, jnp.zeros(tokens.shape, jnp.float32)) / max(len(losses), 1)
+
+
+def forked_trunk(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, segment_ids: Array, prefix: tuple[int, int]) -> Array:
+    """`trunk` without dropout where each G neighbours share their first P slots, which are computed once for the G, gradient included.
+
+    Args:
+      config: the network; without experts, whose balance counts tokens.
+      params: its parameters.
+      tokens, positions, segment_ids: [B, T] int32.
+      prefix: (G, P), as in types.Sequences.
+
+    Returns:
+      [B, T, D]: zero before slot P − 1; NaN in rows whose first P slots are not those of their group.
+    """
+    chex.assert_rank([tokens, positions, segment_ids], 2)
+    chex.assert_equal_shape([tokens, positions, segment_ids])
+    (rows, width), (group, prompt) = tokens.shape, prefix
+    reads = prompt - 1
+
+    def fold(x: Array) -> Array:
+        x = x.reshape(-1, group, width)
+        return jnp.concatenate([x[:, 0, :prompt], x[:, :, prompt:].reshape(x.shape[0], -1)], axis=1)
+
+    x, at = _ends(config, params, "embed", fold(tokens), fold(positions)), fold(positions)
+    x, _, _ = _layers(config, params, x, rope.tables(config, at), forked(segment_ids, prefix), None, None, 0, reads)
+    x = pin(_ends(config, params, "finish", x))
+    last = jnp.broadcast_to(x[:, None, :1], (x.shape[0], group, 1, x.shape[-1])).reshape(rows, 1, -1)
+    x = jnp.concatenate([jnp.zeros((rows, reads, x.shape[-1]), x.dtype), last, x[:, 1:].reshape(rows, width - prompt, -1)], axis=1)
+    same = jnp.ones((rows // group, group), bool)
+    for leaf in (tokens, positions, segment_ids):
+        first = leaf.reshape(-1, group, width)[:, :, :prompt]
+        same &= (first == first[:, :1]).all(-1)
+    return jnp.where(same.reshape(rows, 1, 1), x, jnp.nan)
 
 
 def unembed(config: ModelConfig, params: PyTree, hidden: Array) -> Array:

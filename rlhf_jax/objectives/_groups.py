@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import _policy
-from rlhf_jax.objectives._rollouts import completion_scores, known_scores, trainable_rows, with_advantages, without
+from rlhf_jax.objectives._rollouts import before_update, completion_scores, known_scores, trainable_rows, with_advantages, without
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.advantages import SCALES, group_statistics
 from rlhf_jax.ops.importance import LEVELS, high_entropy
@@ -65,8 +65,8 @@ def prepare(
       correction_high: upper bound of the correction, ≥ 1; inf = none.
     """
     mask = loss_tokens(batch.seqs)
-    out = nets.policy(batch.seqs, want=(vocab.logps, vocab.entropy) if entropy_quantile else (vocab.logps,))
-    scores, known, metrics = completion_scores(batch, out.logps, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in,
+    old_logps, out = before_update(nets, batch, *((vocab.entropy,) if entropy_quantile else ()))
+    scores, known, metrics = completion_scores(batch, old_logps, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
     if overlong_length:
         scores += overlong_punishment(mask.sum(-1), overlong_length=overlong_length, overlong_buffer=overlong_buffer)
@@ -81,6 +81,6 @@ def prepare(
         batch = without(batch, judged.constant[batch.group_ids])
     if entropy_quantile:
         advantages = jnp.where(high_entropy(out.entropy, loss_tokens(batch.seqs), entropy_quantile=entropy_quantile), advantages, 0.0)
-    batch, corrected = with_advantages(batch, out.logps, advantages, correction=correction, correction_low=correction_low,
+    batch, corrected = with_advantages(batch, old_logps, advantages, correction=correction, correction_low=correction_low,
                                        correction_high=correction_high)
     return batch, carry, metrics | corrected

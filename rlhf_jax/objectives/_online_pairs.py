@@ -69,7 +69,8 @@ def paired(batch: Rollout, *, missing_eos_penalty: float) -> tuple[Sequences, Ar
     scores = penalised(raw, batch.truncated, missing_eos_penalty=missing_eos_penalty)
     seqs, scores, known = neighbours((batch.seqs, scores, known))
     both = known.all(-1, keepdims=True)
-    return seqs.replace(segment_ids=jnp.where(both[..., None], seqs.segment_ids, 0)), jnp.where(both, scores, 0.0)
+    # Branches may be reordered or taken alone from here on, and pairs without scores are blanked: their prompts are no longer their neighbours'.
+    return seqs.replace(segment_ids=jnp.where(both[..., None], seqs.segment_ids, 0), prefix=None), jnp.where(both, scores, 0.0)
 
 
 def judge(seqs: Sequences, scores: Array, *, opponent: bool) -> JudgedPairs:

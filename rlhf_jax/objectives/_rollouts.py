@@ -4,12 +4,14 @@ its samples. Everything here is for `prepare`, over the whole batch, but the met
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import chex
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.objectives._reference import reference_logps
+from rlhf_jax.ops import vocab
 from rlhf_jax.ops.importance import CORRECTIONS
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio, k1, k3
 from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum
@@ -100,6 +102,24 @@ def completion_scores(
         metrics["objective/non_score_reward"] = Mean.of(penalty, batch.real)
         metrics["objective/rlhf_reward"] = Mean.of(scores, known)
     return scores, known, metrics
+
+
+def before_update(nets: Any, batch: Rollout, *more: Any) -> tuple[Array, Any]:
+    """log π_old of the tokens, and what else is asked of the policy before the first update, in one pass.
+
+    Args:
+      nets: the networks.
+      batch: the rollout; it may hold the log-probs already (config.sampling.old_logps = "sampler"), else the trainer reads them.
+      more: as `want` of nets.policy.
+
+    Returns:
+      [B, T] nats, and the policy's namespace, None where nothing had to be read.
+    """
+    chex.assert_rank(batch.seqs.tokens, 2)
+    if batch.old_logps is not None:
+        return batch.old_logps, nets.policy(batch.seqs, want=more) if more else None
+    out = nets.policy(batch.seqs, want=(vocab.logps, *more))
+    return out.logps, out
 
 
 def without(batch: Rollout, rows: Array) -> Rollout:

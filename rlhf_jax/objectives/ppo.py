@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.objectives._rollouts import (
+    before_update,
     corrections,
     filled,
     known_scores,
@@ -147,9 +148,9 @@ def prepare(
     metrics = rollout_metrics(batch, raw_scores(batch))
     batch = trainable_rows(batch, known, mask_truncated=False)
     mask = loss_tokens(batch.seqs)
-    out = nets.policy(batch.seqs, want=(vocab.logps, "values"))  # actor and critic in one pass
+    old_logps, out = before_update(nets, batch, "values")  # actor and critic in one pass
     ref_logps = reference_logps(batch.seqs, "ppo") if kl_coef else batch.seqs.ref_logps
-    ratios = log_ratio(out.logps, out.logps if ref_logps is None else ref_logps, mask)
+    ratios = log_ratio(old_logps, old_logps if ref_logps is None else ref_logps, mask)
     kl = sequence_kl(ratios, mask, known)
     if ref_logps is not None:
         metrics["objective/kl"] = kl
@@ -167,9 +168,9 @@ def prepare(
         rewards = whiten(rewards, mask, keep_mean=True)
     advantages, returns = gae(rewards, out.values, mask, gamma=gamma, lam=lam)
     metrics["value/explained_variance"] = Mean.of(explained_variance(out.values, returns, mask))
-    weights, corrected = corrections(out.logps, batch.sampler_logps, mask, correction=correction, correction_low=correction_low,
+    weights, corrected = corrections(old_logps, batch.sampler_logps, mask, correction=correction, correction_low=correction_low,
                                      correction_high=correction_high)
-    batch = batch.replace(old_logps=out.logps, values=out.values, rewards=rewards, returns=returns,
+    batch = batch.replace(old_logps=old_logps, values=out.values, rewards=rewards, returns=returns,
                           advantages=weights * whiten(advantages, mask, keep_mean=False))
     kl_coef_next = updated_kl_coef(carry["kl_coef"], kl.compute(), kl.count, kl_target=kl_target, kl_horizon=kl_horizon)
     return batch, {"kl_coef": kl_coef_next}, metrics | corrected

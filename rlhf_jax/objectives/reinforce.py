@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.objectives import _policy
 from rlhf_jax.objectives._policy import evaluate, penalties, sequence_sums
-from rlhf_jax.objectives._rollouts import completion_scores, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import before_update, completion_scores, trainable_rows, with_advantages
 from rlhf_jax.ops.masking import masked_moments
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
@@ -47,7 +47,7 @@ def prepare(
     missing_eos_penalty: float, mask_truncated: bool, correction: str, correction_low: float, correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     chex.assert_rank(batch.seqs.tokens, 2)
-    old_logps = nets.policy(batch.seqs).logps
+    old_logps, _ = before_update(nets, batch)
     returns, known, metrics = completion_scores(batch, old_logps, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in,
                                                 missing_eos_penalty=missing_eos_penalty)
     advantages = centred(returns, known, batch_baseline=batch_baseline)[:, None]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _policy
 from rlhf_jax.objectives._policy import clipped_loss, token_means
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import completion_scores, log_ratio, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import before_update, completion_scores, log_ratio, trainable_rows, with_advantages
 from rlhf_jax.objectives.ppo import token_rewards
 from rlhf_jax.ops.advantages import gae, group_centred
 from rlhf_jax.ops.masking import loss_tokens, masked_sum, whiten
@@ -63,7 +63,7 @@ def prepare(
     missing_eos_penalty: float, mask_truncated: bool, correction: str, correction_low: float, correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     mask = loss_tokens(batch.seqs)
-    old_logps = nets.policy(batch.seqs).logps
+    old_logps, _ = before_update(nets, batch)
     scores, known, metrics = completion_scores(batch, old_logps, beta=0.0, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
     scores = baselined(scores, batch.group_ids, known, group_baseline=group_baseline)

@@ -18,7 +18,7 @@ import chex
 
 from rlhf_jax.objectives import _groups, _policy
 from rlhf_jax.objectives._policy import evaluate, penalties, sequence_sums
-from rlhf_jax.objectives._rollouts import completion_scores, raw_scores, rollout_metrics, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import before_update, completion_scores, raw_scores, rollout_metrics, trainable_rows, with_advantages
 from rlhf_jax.objectives.ppo import shaped_scores
 from rlhf_jax.ops.advantages import group_statistics, leave_one_out_advantages, standardised
 from rlhf_jax.ops.masking import masked_mean, masked_sum
@@ -74,7 +74,7 @@ def prepare(
     correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
-    old_logps = nets.policy(batch.seqs).logps
+    old_logps, _ = before_update(nets, batch)
     raw = raw_scores(batch)
     as_given = rollout_metrics(batch, raw)
     clipped = batch.replace(scores=shaped_scores(raw, reward_scale=1.0, reward_clip=reward_clip))

@@ -156,7 +156,7 @@ def generate(
     carry = (*emit(logits, ~prompts.real, filters.start(prompts, logits.shape[-1]), 0, None), cache)
     _, done, _, drawn, _ = _loop(step, carry, max_new_tokens, chunk)
     drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
-    return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32))
+    return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32), group_size)
 
 
 def _prefill(nets: Any, prompts: Prompts, slots: int, group_size: int) -> tuple[Array, Any]:
@@ -214,10 +214,11 @@ def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, 
     mine, theirs = (jax.tree.map(lambda x, k=k: x.reshape(-1, 2, *x.shape[1:])[:, k], prompts) for k in (0, 1))
     each = max(group_size // 2, 1)
     rolled = generate(nets, mine, key, group_size=each, **settings), generate(opponent, theirs, key, group_size=each, **settings)
-    return jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *rolled)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *rolled)
+    return both.replace(seqs=both.seqs.replace(prefix=(group_size, prompts.tokens.shape[1])))
 
 
-def _assemble(prompts: Prompts, lengths: Array, drawn: _Drawn, truncated: Array, iteration: Array) -> Rollout:
+def _assemble(prompts: Prompts, lengths: Array, drawn: _Drawn, truncated: Array, iteration: Array, group_size: int) -> Rollout:
     """Puts prompt and new slots together; what was drawn is [B, N]."""
     batch, width = prompts.tokens.shape
     count = drawn.token.shape[1]
@@ -230,6 +231,7 @@ def _assemble(prompts: Prompts, lengths: Array, drawn: _Drawn, truncated: Array,
         segment_ids=join(prompts.segment_ids, drawn.real.astype(jnp.int32)),
         loss_mask=join(zeros.astype(bool), drawn.real),
         loss_positions=jnp.broadcast_to(width + jnp.arange(count, dtype=jnp.int32)[None, :], (batch, count)),
+        prefix=(group_size, width),
     )
     sampler_logps = join(zeros, drawn.logp)
     return Rollout(

@@ -88,6 +88,7 @@ ONLINE: dict[str, Any] = {
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
         "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence,
+        "old_logps": ("trainer", "sampler"),
     },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
@@ -290,6 +291,9 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     if ("pairs" in needs or objective.opponent is not None) and c["sampling"]["group_size"] % 2:
         raise UserError(f"config.sampling.group_size = {c['sampling']['group_size']}: {name} takes the samples of a prompt two by two; choose an "
                         "even number")
+    if objective.opponent is not None and c["sampling"]["old_logps"] == "sampler":
+        raise UserError(f"config.sampling.old_logps = 'sampler': {name} draws every second row from an opponent, whose log-probs are not the "
+                        "policy's; choose 'trainer'")
     given = [key for key in ("reward_from", "reward_fn", "rewards") if c[key]]
     if "reward" in needs and len(given) != 1:
         raise UserError(f"config.reward_from = {c['reward_from']!r}, config.reward_fn = {c['reward_fn']!r} and config.rewards = "

@@ -14,6 +14,7 @@ import chex
 
 from rlhf_jax import sampling
 from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.ops import rows
 from rlhf_jax.rewards import learned
 from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
 
@@ -23,7 +24,7 @@ NO_FILTERS = sampling.Filters()
 
 def make_rollout(
     spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, opponent: Callable[[Networks], Any] | None = None,
-    filters: sampling.Filters = NO_FILTERS, group_size: int = 1,
+    filters: sampling.Filters = NO_FILTERS, group_size: int = 1, forked: bool = True,
 ) -> Stage:
     """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row, beside the second data set's rows that came with the prompts.
 
@@ -34,6 +35,7 @@ def make_rollout(
       opponent: the objective's; what it makes of the networks draws every second row. None: the policy draws all.
       filters: config.sampling.filters and stop_strings, composed.
       group_size: rows per prompt in the prompts to come, neighbours; 1 where they come one by one, as in a validation.
+      forked: whether later passes compute a group's prompt once; the devices must divide the groups then.
     """
 
     def rollout(params: PyTree, frozen: PyTree, prompts: Prompts, key: Array, iteration: Array) -> Rollout:
@@ -46,7 +48,8 @@ def make_rollout(
             rolled = sampling.generate(nets, prompts, key, **settings)
         else:
             rolled = sampling.generate_against(nets, opponent(nets), prompts.replace(ptx=None), key, **settings)
-        return rolled.replace(ptx=prompts.ptx)
+        rolled = rolled if forked else rows.apart(rolled)
+        return rolled.replace(ptx=prompts.ptx, old_logps=rolled.plain_logps if options["old_logps"] == "sampler" else None)
 
     return rollout
 

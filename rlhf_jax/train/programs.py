@@ -54,7 +54,9 @@ class Programs:
                 online.make_rollout, exp.spec, options, stop_ids=exp.tokenizer.stop_ids, pad_id=exp.tokenizer.pad_id, filters=filters
             )
             self.rollout = rollout()  # the policy alone, which is what validation measures
-            contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"])
+            parts = run["microbatches"] * run["minibatches"] * sharding.row_devices(exp.mesh)
+            forked = run["batch_size"] // options["group_size"] % parts == 0
+            contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"], forked=forked)
             self._rollout = sharding.jit(contested, exp.mesh)
             self._rewards = Rewards(exp) if exp.scored else None
             if self._fused:

@@ -19,26 +19,10 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.ops import rows
 from rlhf_jax.types import Array, Mean, Purpose, PyTree, Sequences, TrainState
 
 Metrics = dict[str, Mean]
-
-
-def rows(batch: PyTree) -> int:
-    """B, the leading axis of every leaf."""
-    return jax.tree.leaves(batch)[0].shape[0]
-
-
-def interleave(batch: PyTree, parts: int) -> PyTree:
-    """[B, …] → [parts, B/parts, …], part i holding rows i, i + parts, …: a contiguous split of a sharded batch would be replicated.
-
-    Args:
-      batch: leaves leading with B, which `parts` divides.
-      parts: how many.
-    """
-    if rows(batch) % parts:
-        raise ValueError(f"{rows(batch)} rows do not split into {parts} parts")
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def fill_reference(nets: Networks, batch: PyTree) -> PyTree:
@@ -84,7 +68,7 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     Returns:
       Gradients like `nets.params`, float32; metrics, each loss term among them as `loss/<name>`.
     """
-    chex.assert_tree_shape_prefix((batch, keys), (rows(batch),))
+    chex.assert_tree_shape_prefix((batch, keys), (rows.count(batch),))
 
     def counts(part: PyTree) -> dict[str, Array]:
         terms, _ = _losses(objective, nets, *part)
@@ -99,7 +83,7 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
         found = jax.grad(loss, has_aux=True)(nets.params, part, scale)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
 
-    parts = interleave((batch, keys), microbatches)
+    parts = rows.interleave((batch, keys), microbatches)
     summed = _sum(jax.lax.map(counts, parts), 0)
     scale = {name: 1.0 / jnp.where(count == 0, 1.0, count) for name, count in summed.items()}
     shapes = jax.eval_shape(jax.grad(loss, has_aux=True), nets.params, jax.tree.map(lambda x: x[0], parts), scale)
@@ -138,13 +122,13 @@ def make_step(
       optimizer, rate: from train.optimizer.build.
       microbatches: gradient accumulation within an update.
       epochs: passes over the batch.
-      minibatches: updates per pass; with more than one, rows are shuffled anew in each pass.
+      minibatches: updates per pass; with more than one, rows are shuffled anew in each pass, groups that share a prompt as one.
     """
 
     def update(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         nets = Networks(state.params, frozen, spec)
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.DROPOUT), state.step)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows(batch)))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows.count(batch)))
         grads, metrics = gradients(objective, nets, batch, keys, microbatches)
         updates, opt_state = _finite_update(optimizer, grads, state)
         applied = state.step - state.opt_state.total_notfinite
@@ -161,18 +145,15 @@ def make_step(
         shuffle = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.SHUFFLE), state.batch_index)
 
         def one_pass(state: TrainState, epoch: Array) -> tuple[TrainState, Metrics]:
-            shuffled = batch
-            if minibatches > 1:
-                order = jax.random.permutation(jax.random.fold_in(shuffle, epoch), rows(batch))
-                shuffled = jax.tree.map(lambda x: x[order], batch)
-            return jax.lax.scan(lambda s, part: update(s, frozen, part), state, interleave(shuffled, minibatches))
+            order = rows.shuffled(batch, jax.random.fold_in(shuffle, epoch)) if minibatches > 1 else batch
+            return jax.lax.scan(lambda s, part: update(s, frozen, part), state, rows.interleave(order, minibatches))
 
         state, metrics = jax.lax.scan(one_pass, state, jnp.arange(epochs))
         return state, _sum(metrics, (0, 1))
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches)
-        batch = fill_reference(nets, batch)
+        batch = fill_reference(nets, rows.divisible(batch, microbatches * minibatches))
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
         batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
         run = update if epochs * minibatches == 1 else passes

@@ -131,6 +131,7 @@ CONFIG_MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ppo on a reward model": ("ppo", {"network": "reward"}, ("config.network", "'reward'")),
     "dpo without a reference": ("dpo", {"reference_from": ""}, ("config.reference_from",)),
     "ppo without a critic": ("ppo", {"critic.kind": "none"}, ("config.critic.kind", "'none'")),
+    "an opponent's log-probs as the policy's": ("nash_md", {"sampling.old_logps": "sampler"}, ("config.sampling.old_logps", "'sampler'", "trainer")),
     "no reward": ("ppo", {"reward_fn": ""}, ("config.reward_from", "config.reward_fn")),
     "a reward that nobody reads": ("on_policy_gkd", {"reward_fn": "rlhf_jax.rewards.rules.brevity"}, ("config.reward_fn", "reads no score")),
     "distillation without a teacher": ("gkd", {"reference_from": ""}, ("config.reference_from", "gkd learns from a teacher")),

@@ -255,6 +255,14 @@ def test_filters_and_stop_strings_of_the_config(tmp_path: pathlib.Path, rollouts
     mask = rolled.seqs.loss_mask
     assert np.abs(np.asarray(plain) - rolled.plain_logps)[mask].max() <= 1e-4 < np.abs(rolled.plain_logps - rolled.sampler_logps)[mask].min()
 
+    # So they may be taken for the old ones, without a pass of the trainer's: the same update, and a first ratio of 1 but for rounding.
+    config.sampling.old_logps = "sampler"
+    train(config, str(tmp_path / "sampler"))
+    read, taken = (metrics(folder)[0] for folder in (tmp_path, tmp_path / "sampler"))
+    assert taken["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4) and read["policy/ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    for name in ("objective/kl", "optimizer/grad_norm", "loss/kl"):
+        assert taken[name] == pytest.approx(read[name], rel=1e-3, abs=1e-6), name
+
 
 # --- opponents ---
 

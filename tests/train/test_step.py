@@ -14,11 +14,12 @@ import pytest
 from flax import struct
 
 from rlhf_jax.models import Networks, NetworkSpec, layout
+from rlhf_jax.ops import rows
 from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.train import optimizer
 from rlhf_jax.train.assemble import full_params
 from rlhf_jax.train.start import split, trains
-from rlhf_jax.train.step import fill_reference, gradients, interleave, make_step, rows
+from rlhf_jax.train.step import fill_reference, gradients, make_step
 from rlhf_jax.types import Array, Comparisons, Mean, TrainState
 from tests.models import tiny
 from tests.objectives.settings import bound
@@ -98,11 +99,11 @@ def test_a_batch_without_weight_has_a_finite_gradient():
 
 
 def test_parts_are_strided_and_must_divide():
-    parts = interleave({"x": jnp.arange(6)}, 3)["x"]
+    parts = rows.interleave({"x": jnp.arange(6)}, 3)["x"]
     np.testing.assert_array_equal(parts, [[0, 3], [1, 4], [2, 5]])
-    assert rows({"x": jnp.zeros((6, 2))}) == 6
-    with pytest.raises(ValueError, match="6 rows do not split into 4 parts"):
-        interleave({"x": jnp.arange(6)}, 4)
+    assert rows.count({"x": jnp.zeros((6, 2))}) == 6
+    with pytest.raises(ValueError, match="6 rows in groups of 1 do not split into 4 parts"):
+        rows.interleave({"x": jnp.arange(6)}, 4)
 
 
 def test_wrong_shapes_are_refused():
