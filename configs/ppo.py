@@ -87,6 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
         filters=(),  # more of them, in their order, e.g. (dict(name="min_p", p=0.05),); see rlhf_jax/sampling/filters.py
         old_logps="trainer",  # log π_old of the first ratio: trainer (a pass of its own) | sampler (its unfiltered ones; the same but for rounding)
         stop_strings=(),  # texts that end a response, beside the tokenizer's stop tokens; the token that completes one is kept
+        cache="same",  # precision of the sampler's keys and values: same (as compute_dtype) | bfloat16 | int8
     ))
 
     c.optimizer = ConfigDict(dict(

@@ -10,13 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import cache as kv
 from rlhf_jax.models import moe, rope
 from rlhf_jax.models.attention import Forked, Mask, attend, attend_forked, reading, within
+from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import ACTIVATIONS, Linear, Norm, drop, pin
 from rlhf_jax.types import Array
 
-Cache = Any  # per layer {"k", "v"} [B, S, kv_heads, head_dim]; the layout of the parameters' layers
 Choices = tuple[Array, Array]  # of a layer with experts: chosen and probabilities, [B, T, E] each
 DROPOUTS = 16  # of an adapter's dropout in one layer, at most
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None = None, index: Array | int = 0,
-        cache: Cache | None = None, slot: Array | int = 0, reads: int = 0,
+        cache: Cache | None = None, slot: Array | int | None = 0, reads: int = 0,
     ) -> tuple[Array, Cache | None, Choices | None]:
         c = self.config  # what comes out begins at slot `reads`: those before give keys and values only
         before, after = c.norm_placement != "post", c.norm_placement in ("post", "both")
@@ -53,7 +54,7 @@ class Block(nn.Module):
         return pin(x + h), cache, choices
 
     def _attention(self, h: Array, *, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None, index: Array | int, cache: Cache | None,
-                   slot: Array | int, reads: int) -> tuple[Array, Cache | None]:
+                   slot: Array | int | None, reads: int) -> tuple[Array, Cache | None]:
         c, batch = self.config, h.shape[0]
         salt = DROPOUTS * index
 
@@ -71,11 +72,10 @@ class Block(nn.Module):
         if tables:
             table = tables[self.window > 0]
             query, key = rope.rotate(query, jax.tree.map(lambda y: y[:, reads:], table)), rope.rotate(key, table)
-        if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-            cache = {"k": write(cache["k"], key.astype(cache["k"].dtype)), "v": write(cache["v"], value.astype(cache["v"].dtype))}
-            key, value = cache["k"], cache["v"]
-        mask = within(reading(mask, reads), slot + reads, self.window)
+        if cache is None:
+            mask = within(reading(mask, reads), reads, self.window)
+        else:
+            key, value, mask, cache = kv.extend(cache, key, value, mask, slot, self.window)
         weigh: Any = attend_forked if isinstance(mask, Forked) else attend
         h = weigh(query, key, value, mask, scale=c.attention_scale or c.head_dim**-0.5, softcap=c.attention_softcap)
         h = h.reshape(batch, -1, c.heads * c.head_dim)

@@ -37,6 +37,7 @@ class NetworkSpec:
     critic: ModelConfig | None = None  # None: a value head on the policy's own trunk
     reward: ModelConfig | None = None
     temperature: float = 1.0
+    cache: str = "same"  # precision of the sampler's keys and values, one of models.cache.KINDS
 
 
 def merge(first: PyTree, second: PyTree | None) -> PyTree:
@@ -163,7 +164,7 @@ class Networks(struct.PyTreeNode):
         return self.replace(params={"policy": layout.to_canonical(self._tree("policy"))}, frozen={}, spec=spec)
 
     def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
-        """Logits after the last prompt slot and a cache of `slots` slots that holds the prompts.
+        """Logits after the last prompt slot and a cache of `slots` slots (layers with a window: no more than it) that holds the prompts.
 
         Args:
           tokens, positions, segment_ids: [B, P] int32, padded on the left.
@@ -175,9 +176,8 @@ class Networks(struct.PyTreeNode):
         chex.assert_rank([tokens, positions, segment_ids], 2)
         chex.assert_equal_shape([tokens, positions, segment_ids])
         config, params = _config(self.spec.policy, "policy"), self._tree("policy")
-        mask = jnp.pad(transformer.visibility(segment_ids), ((0, 0), (0, 0), (0, slots - tokens.shape[1])))
-        cache = transformer.empty_cache(config, tokens.shape[0], slots)
-        hidden, cache = transformer.cached(config, params, tokens, positions, mask, cache, 0)
+        cache = transformer.empty_cache(config, tokens.shape[0], slots, kind=self.spec.cache, ring=True)
+        hidden, cache = transformer.cached(config, params, tokens, positions, transformer.visibility(segment_ids), cache, None)
         return transformer.unembed(config, params, hidden[:, -1]), cache
 
     def decode(self, token: Array, position: Array, slot: Array, visible: Array, cache: Any) -> tuple[Array, Any]:
@@ -185,7 +185,7 @@ class Networks(struct.PyTreeNode):
 
         Args:
           token, position: [B] int32.
-          slot: [] int32, the cache slot that the tokens take, the same in every row.
+          slot: [] int32, the time of the tokens, the same in every row; they take the cache's slot of this time mod S.
           visible: [B, S] bool, the slots each row may see, its own new one included.
           cache: from `prefill` or `decode`.
 

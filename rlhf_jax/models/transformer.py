@@ -19,7 +19,9 @@ from flax.core import meta
 
 from rlhf_jax.models import layout, moe, rope
 from rlhf_jax.models.attention import Mask, forked, visibility
-from rlhf_jax.models.blocks import Block, Cache, Choices
+from rlhf_jax.models.blocks import Block, Choices
+from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.cache import empty as empty_cache  # noqa: F401  asked for here, beside `cached`
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
 from rlhf_jax.ops.partition import constrain
@@ -129,8 +131,8 @@ def logical_axes(config: ModelConfig) -> PyTree:
     return layout.axes_to_runtime(names, config.unit)
 
 
-def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask, keys: Array | None, cache: Cache | None, slot: Array | int,
-            reads: int = 0) -> tuple[Array, Cache | None, list[Choices]]:
+def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask, keys: Array | None, cache: Cache | None,
+            slot: Array | int | None, reads: int = 0) -> tuple[Array, Cache | None, list[Choices]]:
     """The stack of blocks: whole units scanned, the rest unrolled; the cache goes along as scan inputs and outputs. What comes out begins at slot
     `reads`."""
 
@@ -252,24 +254,17 @@ def scalar(config: ModelConfig, params: PyTree, hidden: Array, head: str) -> Arr
     return _ends(config, params, "scalar", hidden, head)
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """A KV cache of zeros for `batch` rows of `length` slots, in the layout of `config.unit`."""
-    shape, dtype = (batch, length, config.kv_heads, config.head_dim), jnp.dtype(config.compute_dtype)
-    layers = {str(i): {name: jnp.zeros(shape, dtype) for name in ("k", "v")} for i in range(config.layers)}
-    return layout.to_runtime({"layers": layers}, config.unit)["layers"]
-
-
-def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, mask: Array, cache: Cache, slot: Array | int
+def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, mask: Array, cache: Cache, slot: Array | int | None
            ) -> tuple[Array, Cache]:
-    """Hidden states of `tokens`, written into the cache's slots `slot…slot+T`; the rest as `trunk`.
+    """Hidden states of `tokens`, written into the cache at times `slot … slot + T − 1` (models/cache.py); the rest as `trunk`.
 
     Args:
       config: the network.
       params: its parameters.
       tokens, positions: [B, T] int32; T = prompt for prefill, 1 for a decode step.
-      mask: [B, T, S] bool, which of the cache's S slots each query may see.
+      mask: [B, T, S] bool, which of the S times each query may see; [B, T, T] without a slot.
       cache: as from `empty_cache`.
-      slot: [] int32, where the first token is written.
+      slot: [] int32, the time of the first token; None: the rows begin with it, the cache is empty.
 
     Returns:
       hidden [B, T, D] and the new cache.

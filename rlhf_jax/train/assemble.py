@@ -228,7 +228,8 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     configs, loaded = _trained_networks(config, model, init, critic)
     frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh)
     frozen |= reward_networks.placed(rewards, mesh)
-    spec = NetworkSpec(**configs, **frozen_configs, temperature=config["sampling"]["temperature"] if online else 1.0)
+    sampled: Mapping[str, Any] = config["sampling"] if online else {"temperature": 1.0, "cache": "same"}
+    spec = NetworkSpec(**configs, **frozen_configs, temperature=sampled["temperature"], cache=sampled["cache"])
     tx, rate = optimizers.build(config["optimizer"], steps * config["run"]["epochs"] * config["run"]["minibatches"])
     start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen)
     frozen |= start.frozen(reference_is_start=config["reference_from"] == "init")

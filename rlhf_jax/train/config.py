@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_jax import objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
+from rlhf_jax.models.cache import KINDS as CACHES
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import entries
 from rlhf_jax.sampling import filters
@@ -87,7 +88,7 @@ ONLINE: dict[str, Any] = {
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
-        "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence,
+        "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence, "cache": CACHES,
         "old_logps": ("trainer", "sampler"),
     },
 }
