@@ -96,6 +96,7 @@ def get_config(arg: str = "") -> ConfigDict:
         old_logps="trainer",  # log π_old of the first ratio: trainer (a pass of its own) | sampler (its unfiltered ones; the same but for rounding)
         stop_strings=(),  # texts that end a response, beside the tokenizer's stop tokens; the token that completes one is kept
         cache="same",  # precision of the sampler's keys and values: same (as compute_dtype) | bfloat16 | int8
+        slots=0,  # rows decoded at once, those that have ended replaced by others of the batch; 0 = all of the batch
     ))
 
     c.optimizer = ConfigDict(dict(

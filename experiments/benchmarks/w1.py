@@ -106,7 +106,7 @@ def build(phase: str) -> tuple[Callable[[Any], Any], Any]:
     state = jax.jit(lambda p: TrainState(step=jnp.int32(0), batch_index=jnp.int32(0), params=p, opt_state=tx.init(p), key=key, carry=carry))(params)
     step = make_step(objective, spec, tx, rate, microbatches=1, epochs=1, minibatches=1)
     if phase in ONLINE:
-        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "old_logps": "sampler"}
+        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "slots": 0, "old_logps": "sampler"}
         rollout = online.make_rollout(spec, options, stop_ids=NEVER_STOP, pad_id=0, group_size=group)
         step = online.fuse(rollout, lambda p, f, r: (((r.seqs.tokens % 2 == 0) & r.seqs.loss_mask).mean(-1) * 2, {}), step)
         batch: Any = prompts(16, group)

@@ -26,7 +26,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.ops import logit_filters
 from rlhf_jax.sampling import matcher
-from rlhf_jax.types import Array, Prompts
+from rlhf_jax.types import Array
 
 KEY, STOPS = "config.sampling.filters", "config.sampling.stop_strings"
 PARAMETERS = {  # each filter's one parameter
@@ -63,11 +63,11 @@ class Filters:
     words: matcher.Matcher | None = None
     stops: matcher.Matcher | None = None
 
-    def start(self, prompts: Prompts, vocab_size: int) -> State:
+    def start(self, prompts: Any, vocab_size: int) -> State:
         """The state before the first token.
 
         Args:
-          prompts: [B, P], padded on the left.
+          prompts: has `tokens` and `segment_ids`, [B, P], padded on the left.
           vocab_size: V.
         """
         chex.assert_rank(prompts.tokens, 2)

@@ -1,105 +1,30 @@
 """Generation: prefill, then a compiled loop that decodes one token per step into an explicit KV cache.
 
-Prompts are padded on the left, so that step i writes slot P + i in every row; the rows of a group share one prompt, which is prefilled once.
-Randomness is counter-based (law 6): a row's key is folded from (run key, iteration, prompt id, sample id) and a token's key from (row key, tokens
-generated so far), so what a row draws does not depend on its neighbours, its slot or the number of devices. A row that has drawn a stop token, or the
-token that completes a stop string, emits padding from then on; between two chunks of steps the loop ends if every row has.
+Prompts are padded on the left, so that step i writes slot P + i in every row; the rows of a group share one prompt, which is prefilled once. A row
+that has drawn a stop token, or the token that completes a stop string, emits padding from then on; between two chunks of steps the loop ends if every
+row has. With `slots`, fewer rows decode at once, and those that have ended make room for others (sampling/slots.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops import categorical, logit_filters, vocab
 from rlhf_jax.sampling import filters as composed
+from rlhf_jax.sampling.drawing import Drawn, blank, emit, row_keys
 from rlhf_jax.sampling.filters import Filters, State
-from rlhf_jax.types import Array, Prompts, Purpose, Rollout, Sequences
+from rlhf_jax.sampling.slots import refilled
+from rlhf_jax.types import Array, Prompts, Rollout, Sequences
 
 CHUNK = 32  # steps between two looks at whether every row is done; on several devices a look is a reduction over all of them
 
 
-class Pick(NamedTuple):
-    """One drawn token per row."""
-
-    token: Array  # [B] int32
-    logp: Array  # [B] float32 nats, of the distribution drawn from
-    plain: Array | None  # [B] float32 nats, unfiltered at the same temperature; None: they are `logp`, no filter changes anything
-
-
-class _Drawn(NamedTuple):
-    """What was drawn, step by step, [N, B] each."""
-
-    token: Array
-    logp: Array
-    plain: Array | None
-    real: Array
-
-
-def row_keys(key: Array, iteration: Array | int, prompt_ids: Array, sample_ids: Array) -> Array:
-    """[B] typed keys, a function of (key, iteration, prompt id, sample id) alone.
-
-    Args:
-      key: [] typed key of the run.
-      iteration: [] int32, the iteration that issued the rollout.
-      prompt_ids, sample_ids: [B] int32.
-    """
-    chex.assert_rank([prompt_ids, sample_ids], 1)
-    chex.assert_equal_shape([prompt_ids, sample_ids])
-    run = jax.random.fold_in(jax.random.fold_in(key, Purpose.ROLLOUT), iteration)
-    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(run, p), s))(prompt_ids, sample_ids)
-
-
-def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
-    """One token per row, and its log-prob under the distribution drawn from, filters included.
-
-    Args:
-      logits: [B, V] float32.
-      keys: [B] typed keys.
-      temperature: divides the logits; 0 takes the likeliest token, whose log-prob under that point mass is 0.
-      top_k: keep the k likeliest; 0 keeps all.
-      top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
-
-    Returns:
-      tokens [B] int32, log-probs [B] float32 nats.
-    """
-    chex.assert_rank([logits, keys], [2, 1])
-    picked, _ = pick(logits, keys, State(), temperature=temperature, top_k=top_k, top_p=top_p, filters=composed.NONE)
-    return picked.token, picked.logp
-
-
-def pick(logits: Array, keys: Array, state: State, *, temperature: float, top_k: int, top_p: float, filters: Filters) -> tuple[Pick, State]:
-    """`draw` with a list of filters: its edits, temperature, top-k, top-p, its cuts.
-
-    Args:
-      logits: [B, V] float32.
-      keys: [B] typed keys.
-      state: of the filters, before this token; `filters.observe` moves it on.
-      temperature, top_k, top_p: as in `draw`.
-      filters: as composed from the config.
-
-    Returns:
-      what was drawn, and the state. With a temperature of 0 `plain` is read at temperature 1.
-    """
-    chex.assert_rank([logits, keys], [2, 1])
-    edited, state = filters.edit(logits, state)
-    if temperature == 0.0:
-        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
-        return Pick(token, jnp.zeros(logits.shape[0], jnp.float32), vocab.logps(logits, token)), state
-    kept = logit_filters.top_p(logit_filters.top_k(logit_filters.temperature(edited, t=temperature), k=top_k), p=top_p)
-    kept, state = filters.cut(kept, state)
-    token, logp = categorical.draw(keys, kept)
-    filtered = bool(filters.edits or filters.cuts or 0 < top_k < logits.shape[-1] or top_p < 1)
-    plain = vocab.logps(logit_filters.temperature(logits, t=temperature), token) if filtered else None
-    return Pick(token, logp, plain), state
-
-
 def generate(
     nets: Any, prompts: Prompts, key: Array, *, iteration: Array | int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    stop_ids: tuple[int, ...], pad_id: int, filters: Filters = composed.NONE, group_size: int = 1, chunk: int = CHUNK,
+    stop_ids: tuple[int, ...], pad_id: int, filters: Filters = composed.NONE, group_size: int = 1, chunk: int = CHUNK, slots: int = 0,
 ) -> Rollout:
     """Samples one completion per row.
 
@@ -114,7 +39,8 @@ def generate(
       pad_id: what fills the slots after the end; it may equal a stop token, since padding is known by its segment id.
       filters: further filters, and the stop strings; the token that completes one ends the row as a stop token does.
       group_size: G, divides B; each G neighbours have the same prompt, and it is prefilled once. 1: every row its own.
-      chunk: steps after which decoding ends if every row is done; 0 = never. It changes no token.
+      chunk: steps after which decoding ends if every row is done, or with `slots` rows are replaced; 0 = never. It changes no token.
+      slots: rows decoded at once, a multiple of G; a row that has ended is replaced by the next one. 0, or B and more: all. It changes no token.
 
     Returns:
       A rollout of [B, P + N] rows: prompt slots, then N new ones. Segment id 0 marks padding on both sides; `loss_mask` marks the
@@ -123,26 +49,21 @@ def generate(
     chex.assert_rank([prompts.tokens, prompts.prompt_ids], [2, 1])
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: sample at least one token")
-    nets, width = nets.decoding(), prompts.tokens.shape[1]
-    slots = width + max_new_tokens
+    nets, (batch, width) = nets.decoding(), prompts.tokens.shape
     keys = row_keys(key, iteration, prompts.prompt_ids, prompts.sample_ids)
+    how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids, pad_id=pad_id, filters=filters)
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
+    if 0 < slots < batch:
+        drawn, done = refilled(nets, prompts, keys, slots=slots, group_size=group_size, chunk=chunk or CHUNK, max_new_tokens=max_new_tokens, how=how)
+        return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32))
     prompt_visible = jnp.pad(prompts.segment_ids != 0, ((0, 0), (0, max_new_tokens)))
-    slot_index = jnp.arange(slots)[None, :]
+    slot_index = jnp.arange(width + max_new_tokens)[None, :]
 
-    def emit(logits: Array, done: Array, state: State, count: Array | int, drawn: _Drawn | None) -> tuple[Array, Array, State, _Drawn]:
-        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
-        picked, state = pick(logits, token_keys, state, temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
-        state = filters.observe(state, picked.token)
-        token = jnp.where(done, pad_id, picked.token)
-        plain = None if picked.plain is None else jnp.where(done, 0.0, picked.plain)
-        new = _Drawn(token, jnp.where(done, 0.0, picked.logp), plain, ~done)
-        stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(done)
+    def record(logits: Array, done: Array, state: State, count: Array | int, drawn: Drawn | None) -> tuple[Array, Array, State, Drawn]:
+        new, done, state = emit(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, count), done, state, **how)
         if drawn is None:  # what an early end leaves unwritten is padding
-            drawn = jax.tree.map(lambda x: jnp.zeros((max_new_tokens, *x.shape), x.dtype), new)._replace(
-                token=jnp.full((max_new_tokens, *token.shape), pad_id, token.dtype))
-        drawn = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, count, 0), drawn, new)
-        return token, filters.ended(done | stopped, state), state, drawn
+            drawn = blank((max_new_tokens, done.shape[0]), new, pad_id)
+        return new.token, done, state, jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, count, 0), drawn, new)
 
     def step(count: Array, carry: Any) -> Any:
         token, done, state, drawn, cache = carry
@@ -150,10 +71,10 @@ def generate(
         # A finished row goes on decoding padding that nobody reads: its rows of the cache are its own.
         visible = prompt_visible | ((slot_index >= width) & (slot_index <= slot))
         logits, cache = nets.decode(token, lengths + count - 1, slot, visible, cache)
-        return *emit(logits, done, state, count, drawn), cache
+        return *record(logits, done, state, count, drawn), cache
 
-    logits, cache = _prefill(nets, prompts, slots, group_size)
-    carry = (*emit(logits, ~prompts.real, filters.start(prompts, logits.shape[-1]), 0, None), cache)
+    logits, cache = _prefill(nets, prompts, width + max_new_tokens, group_size)
+    carry = (*record(logits, ~prompts.real, filters.start(prompts, logits.shape[-1]), 0, None), cache)
     _, done, _, drawn, _ = _loop(step, carry, max_new_tokens, chunk)
     drawn = jax.tree.map(lambda x: x.swapaxes(0, 1), drawn)
     return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32), group_size)
@@ -192,7 +113,7 @@ def _loop(step: Any, carry: Any, steps: int, chunk: int) -> Any:
     return jax.lax.while_loop(more, advance, (jnp.int32(1), carry))[1]
 
 
-def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, group_size: int = 1, **settings: Any) -> Rollout:
+def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, group_size: int = 1, slots: int = 0, **settings: Any) -> Rollout:
     """`generate`, with every second row drawn by an opponent: even samples of a prompt are the policy's, odd ones the opponent's.
 
     A row draws what it would draw among rows of its own drawer alone, since its key is a function of its own counters. `sampler_logps` are those of
@@ -204,6 +125,7 @@ def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, 
       prompts: [B, P], both samples of a pair neighbours.
       key: [] typed key of the run.
       group_size: G, even or 1; each G neighbours have the same prompt, half of them are the policy's.
+      slots: rows decoded at once, even, half of them the policy's; 0 = all.
       settings: as in `generate`.
 
     Returns:
@@ -212,13 +134,13 @@ def generate_against(nets: Any, opponent: Any, prompts: Prompts, key: Array, *, 
     chex.assert_is_divisible(prompts.prompt_ids.shape[0], 2)
     # Strided: the contiguous split of a sharded batch, or a concatenation of its halves, would make the partitioner move rows.
     mine, theirs = (jax.tree.map(lambda x, k=k: x.reshape(-1, 2, *x.shape[1:])[:, k], prompts) for k in (0, 1))
-    each = max(group_size // 2, 1)
-    rolled = generate(nets, mine, key, group_size=each, **settings), generate(opponent, theirs, key, group_size=each, **settings)
+    settings |= {"group_size": max(group_size // 2, 1), "slots": slots // 2}
+    rolled = generate(nets, mine, key, **settings), generate(opponent, theirs, key, **settings)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]), *rolled)
     return both.replace(seqs=both.seqs.replace(prefix=(group_size, prompts.tokens.shape[1])))
 
 
-def _assemble(prompts: Prompts, lengths: Array, drawn: _Drawn, truncated: Array, iteration: Array, group_size: int) -> Rollout:
+def _assemble(prompts: Prompts, lengths: Array, drawn: Drawn, truncated: Array, iteration: Array, group_size: int) -> Rollout:
     """Puts prompt and new slots together; what was drawn is [B, N]."""
     batch, width = prompts.tokens.shape
     count = drawn.token.shape[1]

@@ -88,7 +88,7 @@ ONLINE: dict[str, Any] = {
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
-        "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence, "cache": CACHES,
+        "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence, "cache": CACHES, "slots": COUNT,
         "old_logps": ("trainer", "sampler"),
     },
 }
@@ -264,6 +264,11 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
     if run["batch_size"] % sampling["group_size"]:
         raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
                         f"config.sampling.group_size = {sampling['group_size']}")
+    if slots := sampling["slots"]:
+        devices = math.prod(sizes) if min(sizes) > 0 else 1
+        if slots % sampling["group_size"] or slots % devices or (slots % 2 and objective.opponent is not None):
+            raise UserError(f"config.sampling.slots = {slots}: choose a multiple of config.sampling.group_size = {sampling['group_size']} and of the "
+                            f"{devices} devices that rows are split over, even where an opponent draws; 0 decodes the whole batch at once")
     if data["prompt_length"] + sampling["max_new_tokens"] > model.context:
         raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {data['prompt_length']} + "
                         f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")

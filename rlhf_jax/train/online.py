@@ -43,6 +43,7 @@ def make_rollout(
         settings: dict[str, Any] = dict(
             iteration=iteration, max_new_tokens=options["max_new_tokens"], temperature=spec.temperature, top_k=options["top_k"],
             top_p=options["top_p"], stop_ids=stop_ids, pad_id=pad_id, filters=filters, group_size=group_size,
+            slots=options["slots"],
         )
         if opponent is None:
             rolled = sampling.generate(nets, prompts, key, **settings)

@@ -187,21 +187,37 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it() -> None:
 # --- the compiled loop ---
 
 
-def loop_copies(hlo: str, size: int, innermost: bool = False) -> list[str]:
-    """Instructions of loop bodies that write `size` elements or more and are no update in place: copies, transposes, fusions of anything else.
-    `innermost` leaves out the bodies that hold loops and branches of their own."""
-    computations: dict[str, list[str]] = {}
+def computations(hlo: str) -> dict[str, list[str]]:
+    """The instructions of each computation."""
+    found: dict[str, list[str]] = {}
     for line in hlo.splitlines():
         if line.endswith("{") and (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)):
-            lines = computations.setdefault(head[1], [])
+            lines = found.setdefault(head[1], [])
         elif line.startswith("  "):
             lines.append(line)
-    in_place = {name for name, lines in computations.items() if any("ROOT" in line and " dynamic-update-slice(" in line for line in lines)}
+    return found
+
+
+def large(text: str, size: int) -> bool:
+    """Whether an array of `size` elements or more occurs."""
+    return any(math.prod(map(int, shape.split(","))) >= size for shape in set(re.findall(r"\w\[([\d,]+)\]", text)))
+
+
+def token_loops(hlo: str, size: int) -> list[str]:
+    """Bodies that run once per token: they hold arrays of `size` elements or more, no branches, and no loop that holds such an array itself."""
+    bodies = {name: "\n".join(computations(hlo)[name]) for name in sorted(set(re.findall(r"body=%?([\w.\-]+)", hlo)))}
+    inner = {name: [bodies[within] for within in re.findall(r"body=%?([\w.\-]+)", body)] for name, body in bodies.items()}
+    return [body for name, body in bodies.items()
+            if large(body, size) and " conditional(" not in body and not any(large(within, size) for within in inner[name])]
+
+
+def loop_copies(hlo: str, size: int, bodies: list[str] | None = None) -> list[str]:
+    """Instructions of loop bodies that write `size` elements or more and are no update in place: copies, transposes, fusions of anything else."""
+    all_of = computations(hlo)
+    in_place = {name for name, lines in all_of.items() if any("ROOT" in line and " dynamic-update-slice(" in line for line in lines)}
     found = []
-    for body in set(re.findall(r"body=%?([\w.\-]+)", hlo)):
-        if innermost and re.search(r" (while|conditional)\(", "\n".join(computations[body])):
-            continue
-        for line in computations[body]:
+    for body in bodies if bodies is not None else ["\n".join(all_of[name]) for name in set(re.findall(r"body=%?([\w.\-]+)", hlo))]:
+        for line in body.splitlines():
             made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|transpose|fusion|concatenate|pad|broadcast|dynamic-slice|convert|call)\(", line)
             if made and math.prod(map(int, made[1].split(","))) >= size and not (set(re.findall(r"calls=%?([\w.\-]+)", line)) & in_place):
                 found.append(line.strip()[:120])

@@ -84,6 +84,8 @@ CONFIG_MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "batch and devices": ("sft", {"mesh.data": 8, "mesh.devices": 8}, ("config.run.batch_size", "8 devices")),
     "batch and what is left": ("sft", {"mesh.data": -1, "mesh.devices": 8}, ("config.run.batch_size", "8 devices")),
     "groups": ("grpo", {"run.batch_size": 6, "run.microbatches": 1}, ("config.run.batch_size", "6", "config.sampling.group_size")),
+    "slots and groups": ("grpo", {"sampling.slots": 6}, ("config.sampling.slots", "6", "config.sampling.group_size = 4")),
+    "no such cache": ("grpo", {"sampling.cache": "int4"}, ("config.sampling.cache", "'int4'", "int8")),
     "odd groups of pairs": (
         "xpo", {"run.batch_size": 12, "sampling.group_size": 3, "run.microbatches": 1}, ("config.sampling.group_size", "3", "even")),
     "pairs do not divide": ("online_dpo", {"run.microbatches": 8}, ("config.run.batch_size", "8", "4 pairs", "= 8")),

@@ -264,6 +264,13 @@ def test_filters_and_stop_strings_of_the_config(tmp_path: pathlib.Path, rollouts
         assert taken[name] == pytest.approx(read[name], rel=1e-3, abs=1e-6), name
 
 
+def test_slots_of_the_config_change_nothing_but_the_work(tmp_path: pathlib.Path) -> None:
+    """Two groups of four, one of them at a time."""
+    for slots in (0, 4):
+        train(tiny("grpo", {**SHORT, "run.steps": 1, "sampling.slots": slots}), str(tmp_path / str(slots)))
+    close(tmp_path / "4", tmp_path / "0")
+
+
 # --- opponents ---
 
 

@@ -1,0 +1,174 @@
+"""Continuous batching: few rows decode at once, and a row that has ended makes room for the next prompt of the queue.
+
+One program for a whole queue: as long as prompts or unfinished rows are left, free rows are filled, and a fixed chunk of steps is decoded. Prompts
+are prefilled ahead, as many groups at a time as fill all rows once, and wait in a pool until rows are free; a group's rows copy one prefix. All rows
+write their caches at the same time t, into slot t mod S (models/cache.py): a row that joins at time t has its prompt moved to the times right before
+t, and sees as many slots back as it has tokens. So the step is that of a whole batch, one update in place per layer, and nothing is ever indexed by
+row but where rows join. A row's randomness is its own (law 6): refilling changes no token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.ops.partition import constrain
+from rlhf_jax.sampling.drawing import Drawn, blank, emit
+from rlhf_jax.sampling.filters import State
+from rlhf_jax.types import Array, Prompts
+
+
+class _Rows(NamedTuple):
+    """The S rows that decode."""
+
+    row: Array  # [S] int32, which row of the queue; B: none yet
+    key: Array  # [S] typed
+    made: Array  # [S] int32, tokens generated
+    length: Array  # [S] int32, tokens of the prompt
+    done: Array  # [S] bool; the row is free
+    ended: Array  # [S] bool; done by a stop token or string, not by the budget
+    state: State
+    logits: Array  # [S, V] float32, of the next token
+    cache: Any
+    drawn: Drawn  # [S, N]
+
+
+class _Pool(NamedTuple):
+    """Groups whose prompts are prefilled, S / G of them."""
+
+    first: Array  # [] int32, the first one; −S / G: none yet
+    state: State
+    logits: Array
+    cache: Any
+
+
+class _Queue(NamedTuple):
+    time: Array  # [] int32, of the next token
+    next: Array  # [] int32, the first row of the queue that has not begun
+    rows: _Rows
+    pool: _Pool
+    drawn: Drawn  # [B + 1, N]; the last row is nobody's
+    ended: Array  # [B + 1] bool
+
+
+def refilled(nets: Any, prompts: Prompts, keys: Array, *, slots: int, group_size: int, chunk: int, max_new_tokens: int, how: dict[str, Any]
+             ) -> tuple[Drawn, Array]:
+    """What every row of the queue draws.
+
+    Args:
+      nets: as for `generate`, laid out for decoding.
+      prompts: [B, P], the queue.
+      keys: [B] typed keys, one per row.
+      slots: S, rows decoded at once; a multiple of `group_size`.
+      group_size: G, divides B; each G neighbours have the same prompt.
+      chunk: steps between two looks at which rows are free.
+      max_new_tokens: N.
+      how: the other arguments of `emit`.
+
+    Returns:
+      what was drawn, [B, N] each; the rows that ended otherwise than by the budget, [B] bool.
+    """
+    chex.assert_rank([prompts.tokens, keys], [2, 1])
+    chex.assert_is_divisible(prompts.tokens.shape[0], group_size)
+    chex.assert_is_divisible(slots, group_size)
+    (batch, width), ahead = prompts.tokens.shape, slots // group_size
+    groups, times = batch // group_size, width + max_new_tokens
+    heads = _Read(*(x.reshape(groups, group_size, width)[:, 0] for x in (prompts.tokens, prompts.positions, prompts.segment_ids)))
+    heads = jax.tree.map(lambda x: jnp.pad(x, ((0, -groups % ahead), (0, 0))), heads)
+    lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
+
+    def prefill(first: Array | int) -> _Pool:
+        """A pool of the groups from `first` on."""
+        part = jax.tree.map(lambda x: constrain(jax.lax.dynamic_slice_in_dim(x, first, ahead), ("batch", None)), heads)
+        logits, cache = nets.prefill(*part, times)
+        return _Pool(jnp.int32(first), how["filters"].start(part, logits.shape[-1]), logits, cache)
+
+    def join(queue: _Queue) -> _Queue:
+        """Gives the free rows to what the pool holds of the queue; fills the pool first if it holds nothing more."""
+        exhausted = queue.next >= (queue.pool.first + ahead) * group_size
+        pool = jax.lax.cond(exhausted, lambda p: prefill(p.first + ahead), lambda p: p, queue.pool)
+        rows = queue.rows
+        index = queue.next + jnp.cumsum(rows.done) - 1
+        new = rows.done & (index < jnp.minimum((pool.first + ahead) * group_size, batch))
+        index = jnp.where(new, index, rows.row).astype(jnp.int32)
+        group = jnp.clip(index // group_size - pool.first, 0, ahead - 1)
+        take = lambda old, x: _joined(new, old, x[group], 0)  # noqa: E731
+
+        def move(old: Array, x: Array) -> Array:
+            x = jnp.roll(x, queue.time - width, axis=x.ndim - 3)  # slots are the third axis from the end, rows the fourth
+            return _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4)
+
+        at = index.clip(max=batch - 1)
+        rows = _Rows(
+            row=index, key=jnp.where(new, keys[at], rows.key), length=jnp.where(new, lengths[at], rows.length), made=jnp.where(new, 0, rows.made),
+            done=jnp.where(new, lengths[at] == 0, rows.done), ended=rows.ended & ~new,
+            state=jax.tree.map(take, rows.state, pool.state), logits=take(rows.logits, pool.logits),
+            cache=jax.tree.map(move, rows.cache, pool.cache),
+            drawn=jax.tree.map(lambda x, empty: _joined(new, x, empty, 0), rows.drawn, blank((slots, max_new_tokens), rows.drawn, how["pad_id"])),
+        )
+        return queue._replace(rows=rows, pool=pool, next=queue.next + new.sum(dtype=jnp.int32))
+
+    def step(i: Array, at: tuple[Array, _Rows, Drawn]) -> tuple[Array, _Rows, Drawn]:
+        time, rows, kept = at
+        drawn, done, state = emit(rows.logits, jax.vmap(jax.random.fold_in)(rows.key, rows.made), rows.done, rows.state, **how)
+        kept = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 0), kept, drawn)
+        position = rows.length + rows.made
+        age = (time - jnp.arange(times)) % times
+        logits, cache = nets.decode(drawn.token, position, time, age[None, :] <= position[:, None], rows.cache)
+        count = rows.made + ~rows.done
+        rows = rows._replace(made=count, done=done | (count >= max_new_tokens), ended=rows.ended | (done & ~rows.done), state=state,
+                             logits=logits, cache=cache)
+        return time + 1, rows, kept
+
+    def advance(queue: _Queue) -> _Queue:
+        queue = jax.lax.while_loop(lambda q: (q.next < batch) & q.rows.done.any(), join, queue)
+        begun, rows = queue.rows.made, queue.rows
+        time, rows, kept = jax.lax.fori_loop(0, chunk, step, (queue.time, rows, blank((chunk, slots), rows.drawn, how["pad_id"])))
+        at = jnp.arange(max_new_tokens)[None, :] - begun[:, None]
+        late = at.clip(0, chunk - 1)
+        drawn = jax.tree.map(lambda all, x: jnp.where((at >= 0) & (at < chunk), jnp.take_along_axis(x.T, late, axis=1), all), rows.drawn, kept)
+        return queue._replace(
+            time=time, rows=rows._replace(drawn=drawn), drawn=jax.tree.map(lambda all, x: all.at[rows.row].set(x), queue.drawn, drawn),
+            ended=queue.ended.at[rows.row].set(rows.ended),
+        )
+
+    shapes = jax.eval_shape(prefill, 0)
+    what, _, _ = jax.eval_shape(lambda p: emit(p.logits, keys[:ahead], jnp.zeros(ahead, bool), p.state, **how), shapes)
+    queue = _start(shapes, what, slots, batch, max_new_tokens, width, how["pad_id"])
+    queue = jax.lax.while_loop(lambda q: (q.next < batch) | ~q.rows.done.all(), advance, queue)
+    return jax.tree.map(lambda x: x[:batch], queue.drawn), queue.ended[:batch]
+
+
+class _Read(NamedTuple):
+    """Of a prompt, what a network and the filters read."""
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+
+
+def _joined(new: Array, old: Array, x: Array, axis: int) -> Array:
+    """`x` in the rows that are `new`; rows lie along `axis`, and stay where they are on the mesh."""
+    picked = jnp.where(new.reshape((-1,) + (1,) * (old.ndim - axis - 1)), x, old)
+    return constrain(picked, (*(None,) * axis, "batch", *(None,) * (old.ndim - axis - 1)))
+
+
+def _start(shapes: _Pool, what: Drawn, slots: int, batch: int, new: int, time: int, pad_id: int) -> _Queue:
+    """No prompt has begun, every row is free."""
+    ahead = shapes.logits.shape[0]
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+    rows = lambda x, axis: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)  # noqa: E731
+    counters = jnp.zeros(slots, jnp.int32)
+    return _Queue(
+        time=jnp.int32(time), next=jnp.int32(0), pool=_Pool(jnp.int32(-ahead), zeros(shapes.state), zeros(shapes.logits), zeros(shapes.cache)),
+        rows=_Rows(
+            row=counters + batch, key=jax.random.split(jax.random.key(0), slots), made=counters, length=counters,
+            done=jnp.ones(slots, bool), ended=jnp.zeros(slots, bool),
+            state=jax.tree.map(lambda x: rows(x, 0), shapes.state), logits=rows(shapes.logits, 0),
+            cache=jax.tree.map(lambda x: rows(x, x.ndim - 4), shapes.cache), drawn=blank((slots, new), what, pad_id),
+        ),
+        drawn=blank((batch + 1, new), what, pad_id), ended=jnp.zeros(batch + 1, bool),
+    )
