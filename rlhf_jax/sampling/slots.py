@@ -9,6 +9,7 @@ row but where rows join. A row's randomness is its own (law 6): refilling change
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -54,6 +55,14 @@ class _Queue(NamedTuple):
     ended: Array  # [B + 1] bool
 
 
+class _Read(NamedTuple):
+    """Of a prompt, what a network and the filters read."""
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+
+
 def refilled(nets: Any, prompts: Prompts, keys: Array, *, slots: int, group_size: int, chunk: int, max_new_tokens: int, how: dict[str, Any]
              ) -> tuple[Drawn, Array]:
     """What every row of the queue draws.
@@ -75,59 +84,96 @@ def refilled(nets: Any, prompts: Prompts, keys: Array, *, slots: int, group_size
     chex.assert_is_divisible(prompts.tokens.shape[0], group_size)
     chex.assert_is_divisible(slots, group_size)
     (batch, width), ahead = prompts.tokens.shape, slots // group_size
-    groups, times = batch // group_size, width + max_new_tokens
-    heads = _Read(*(x.reshape(groups, group_size, width)[:, 0] for x in (prompts.tokens, prompts.positions, prompts.segment_ids)))
-    heads = jax.tree.map(lambda x: jnp.pad(x, ((0, -groups % ahead), (0, 0))), heads)
+    heads = _Read(*(x.reshape(-1, group_size, width)[:, 0] for x in (prompts.tokens, prompts.positions, prompts.segment_ids)))
+    heads = jax.tree.map(lambda x: jnp.pad(x, ((0, -x.shape[0] % ahead), (0, 0))), heads)
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
+    work = _Work(nets, heads, keys, lengths, slots, group_size, chunk, max_new_tokens, how)
+    queue = jax.lax.while_loop(lambda q: (q.next < batch) | ~q.rows.done.all(), work.advance, work.start())
+    return jax.tree.map(lambda x: x[:batch], queue.drawn), queue.ended[:batch]
 
-    def prefill(first: Array | int) -> _Pool:
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """The parts of the loop, and what does not change in it."""
+
+    nets: Any
+    heads: _Read  # [B / G, P], filled up to whole pools
+    keys: Array  # [B] typed
+    lengths: Array  # [B] int32, tokens of the prompts
+    slots: int
+    group_size: int
+    chunk: int
+    new: int  # N
+    how: dict[str, Any]
+
+    def start(self) -> _Queue:
+        """No prompt has begun, every row is free."""
+        ahead, slots, batch, pad = self.slots // self.group_size, self.slots, len(self.keys), self.how["pad_id"]
+        shapes = jax.eval_shape(self.prefill, 0)
+        what, _, _ = jax.eval_shape(lambda p: emit(p.logits, self.keys[:ahead], jnp.zeros(ahead, bool), p.state, **self.how), shapes)
+        rows = lambda x, axis: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)  # noqa: E731
+        pool = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(first=jnp.int32(-ahead))
+        counters = jnp.zeros(slots, jnp.int32)
+        return _Queue(
+            time=jnp.int32(self.heads.tokens.shape[1]), next=jnp.int32(0), pool=pool, drawn=blank((batch + 1, self.new), what, pad),
+            ended=jnp.zeros(batch + 1, bool),
+            rows=_Rows(
+                row=counters + batch, key=jax.random.split(jax.random.key(0), slots), made=counters, length=counters, done=jnp.ones(slots, bool),
+                ended=jnp.zeros(slots, bool), state=jax.tree.map(lambda x: rows(x, 0), shapes.state), logits=rows(shapes.logits, 0),
+                cache=jax.tree.map(lambda x: rows(x, x.ndim - 4), shapes.cache), drawn=blank((slots, self.new), what, pad),
+            ),
+        )
+
+    def prefill(self, first: Array | int) -> _Pool:
         """A pool of the groups from `first` on."""
-        part = jax.tree.map(lambda x: constrain(jax.lax.dynamic_slice_in_dim(x, first, ahead), ("batch", None)), heads)
-        logits, cache = nets.prefill(*part, times)
-        return _Pool(jnp.int32(first), how["filters"].start(part, logits.shape[-1]), logits, cache)
+        ahead = self.slots // self.group_size
+        part = jax.tree.map(lambda x: constrain(jax.lax.dynamic_slice_in_dim(x, first, ahead), ("batch", None)), self.heads)
+        logits, cache = self.nets.prefill(*part, part.tokens.shape[1] + self.new)
+        return _Pool(jnp.int32(first), self.how["filters"].start(part, logits.shape[-1]), logits, cache)
 
-    def join(queue: _Queue) -> _Queue:
+    def join(self, queue: _Queue) -> _Queue:
         """Gives the free rows to what the pool holds of the queue; fills the pool first if it holds nothing more."""
-        exhausted = queue.next >= (queue.pool.first + ahead) * group_size
-        pool = jax.lax.cond(exhausted, lambda p: prefill(p.first + ahead), lambda p: p, queue.pool)
-        rows = queue.rows
-        index = queue.next + jnp.cumsum(rows.done) - 1
-        new = rows.done & (index < jnp.minimum((pool.first + ahead) * group_size, batch))
-        index = jnp.where(new, index, rows.row).astype(jnp.int32)
-        group = jnp.clip(index // group_size - pool.first, 0, ahead - 1)
+        ahead, batch, width = self.slots // self.group_size, len(self.keys), self.heads.tokens.shape[1]
+        exhausted = queue.next >= (queue.pool.first + ahead) * self.group_size
+        pool = jax.lax.cond(exhausted, lambda p: self.prefill(p.first + ahead), lambda p: p, queue.pool)
+        rows, index = queue.rows, queue.next + jnp.cumsum(queue.rows.done) - 1
+        new = rows.done & (index < jnp.minimum((pool.first + ahead) * self.group_size, batch))
+        row = jnp.where(new, index, rows.row).astype(jnp.int32)
+        at, group = row.clip(max=batch - 1), jnp.clip(row // self.group_size - pool.first, 0, ahead - 1)
         take = lambda old, x: _joined(new, old, x[group], 0)  # noqa: E731
 
         def move(old: Array, x: Array) -> Array:
             x = jnp.roll(x, queue.time - width, axis=x.ndim - 3)  # slots are the third axis from the end, rows the fourth
             return _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4)
 
-        at = index.clip(max=batch - 1)
+        empty = blank((self.slots, self.new), rows.drawn, self.how["pad_id"])
         rows = _Rows(
-            row=index, key=jnp.where(new, keys[at], rows.key), length=jnp.where(new, lengths[at], rows.length), made=jnp.where(new, 0, rows.made),
-            done=jnp.where(new, lengths[at] == 0, rows.done), ended=rows.ended & ~new,
+            row=row, key=jnp.where(new, self.keys[at], rows.key), length=jnp.where(new, self.lengths[at], rows.length),
+            made=jnp.where(new, 0, rows.made), done=jnp.where(new, self.lengths[at] == 0, rows.done), ended=rows.ended & ~new,
             state=jax.tree.map(take, rows.state, pool.state), logits=take(rows.logits, pool.logits),
-            cache=jax.tree.map(move, rows.cache, pool.cache),
-            drawn=jax.tree.map(lambda x, empty: _joined(new, x, empty, 0), rows.drawn, blank((slots, max_new_tokens), rows.drawn, how["pad_id"])),
+            cache=jax.tree.map(move, rows.cache, pool.cache), drawn=jax.tree.map(lambda x, e: _joined(new, x, e, 0), rows.drawn, empty),
         )
         return queue._replace(rows=rows, pool=pool, next=queue.next + new.sum(dtype=jnp.int32))
 
-    def step(i: Array, at: tuple[Array, _Rows, Drawn]) -> tuple[Array, _Rows, Drawn]:
+    def step(self, i: Array, at: tuple[Array, _Rows, Drawn]) -> tuple[Array, _Rows, Drawn]:
+        """One token of every row, kept as the chunk's i-th."""
         time, rows, kept = at
-        drawn, done, state = emit(rows.logits, jax.vmap(jax.random.fold_in)(rows.key, rows.made), rows.done, rows.state, **how)
+        drawn, done, state = emit(rows.logits, jax.vmap(jax.random.fold_in)(rows.key, rows.made), rows.done, rows.state, **self.how)
         kept = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 0), kept, drawn)
-        position = rows.length + rows.made
+        position, times = rows.length + rows.made, self.heads.tokens.shape[1] + self.new
         age = (time - jnp.arange(times)) % times
-        logits, cache = nets.decode(drawn.token, position, time, age[None, :] <= position[:, None], rows.cache)
-        count = rows.made + ~rows.done
-        rows = rows._replace(made=count, done=done | (count >= max_new_tokens), ended=rows.ended | (done & ~rows.done), state=state,
-                             logits=logits, cache=cache)
-        return time + 1, rows, kept
+        logits, cache = self.nets.decode(drawn.token, position, time, age[None, :] <= position[:, None], rows.cache)
+        made = rows.made + ~rows.done
+        ended = rows.ended | (done & ~rows.done)
+        return time + 1, rows._replace(made=made, done=done | (made >= self.new), ended=ended, state=state, logits=logits, cache=cache), kept
 
-    def advance(queue: _Queue) -> _Queue:
-        queue = jax.lax.while_loop(lambda q: (q.next < batch) & q.rows.done.any(), join, queue)
-        begun, rows = queue.rows.made, queue.rows
-        time, rows, kept = jax.lax.fori_loop(0, chunk, step, (queue.time, rows, blank((chunk, slots), rows.drawn, how["pad_id"])))
-        at = jnp.arange(max_new_tokens)[None, :] - begun[:, None]
+    def advance(self, queue: _Queue) -> _Queue:
+        """Fills the free rows, and decodes a chunk."""
+        batch, chunk = len(self.keys), self.chunk
+        queue = jax.lax.while_loop(lambda q: (q.next < batch) & q.rows.done.any(), self.join, queue)
+        kept = blank((chunk, self.slots), queue.rows.drawn, self.how["pad_id"])
+        time, rows, kept = jax.lax.fori_loop(0, chunk, self.step, (queue.time, queue.rows, kept))
+        at = jnp.arange(self.new)[None, :] - queue.rows.made[:, None]
         late = at.clip(0, chunk - 1)
         drawn = jax.tree.map(lambda all, x: jnp.where((at >= 0) & (at < chunk), jnp.take_along_axis(x.T, late, axis=1), all), rows.drawn, kept)
         return queue._replace(
@@ -135,40 +181,8 @@ def refilled(nets: Any, prompts: Prompts, keys: Array, *, slots: int, group_size
             ended=queue.ended.at[rows.row].set(rows.ended),
         )
 
-    shapes = jax.eval_shape(prefill, 0)
-    what, _, _ = jax.eval_shape(lambda p: emit(p.logits, keys[:ahead], jnp.zeros(ahead, bool), p.state, **how), shapes)
-    queue = _start(shapes, what, slots, batch, max_new_tokens, width, how["pad_id"])
-    queue = jax.lax.while_loop(lambda q: (q.next < batch) | ~q.rows.done.all(), advance, queue)
-    return jax.tree.map(lambda x: x[:batch], queue.drawn), queue.ended[:batch]
-
-
-class _Read(NamedTuple):
-    """Of a prompt, what a network and the filters read."""
-
-    tokens: Array
-    positions: Array
-    segment_ids: Array
-
 
 def _joined(new: Array, old: Array, x: Array, axis: int) -> Array:
     """`x` in the rows that are `new`; rows lie along `axis`, and stay where they are on the mesh."""
     picked = jnp.where(new.reshape((-1,) + (1,) * (old.ndim - axis - 1)), x, old)
     return constrain(picked, (*(None,) * axis, "batch", *(None,) * (old.ndim - axis - 1)))
-
-
-def _start(shapes: _Pool, what: Drawn, slots: int, batch: int, new: int, time: int, pad_id: int) -> _Queue:
-    """No prompt has begun, every row is free."""
-    ahead = shapes.logits.shape[0]
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
-    rows = lambda x, axis: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)  # noqa: E731
-    counters = jnp.zeros(slots, jnp.int32)
-    return _Queue(
-        time=jnp.int32(time), next=jnp.int32(0), pool=_Pool(jnp.int32(-ahead), zeros(shapes.state), zeros(shapes.logits), zeros(shapes.cache)),
-        rows=_Rows(
-            row=counters + batch, key=jax.random.split(jax.random.key(0), slots), made=counters, length=counters,
-            done=jnp.ones(slots, bool), ended=jnp.zeros(slots, bool),
-            state=jax.tree.map(lambda x: rows(x, 0), shapes.state), logits=rows(shapes.logits, 0),
-            cache=jax.tree.map(lambda x: rows(x, x.ndim - 4), shapes.cache), drawn=blank((slots, new), what, pad_id),
-        ),
-        drawn=blank((batch + 1, new), what, pad_id), ended=jnp.zeros(batch + 1, bool),
-    )
