@@ -26,6 +26,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.eval.models import Policy
 from rlhf_jax.models import ModelConfig, transformer
+from rlhf_jax.models import cache as kv
 from rlhf_jax.types import Array, PyTree
 
 WIDTHS = (16, 256)  # tokens of a prefill
@@ -129,7 +130,7 @@ class Speaker:
 
 
 def _moved(fresh: Array, old: Array) -> Array:
-    """`old` in the first slots of `fresh`; slots are the third axis from the end."""
+    """`old` in the first slots of `fresh`."""
     return jax.lax.dynamic_update_slice(fresh, old, (0,) * fresh.ndim)
 
 
@@ -165,7 +166,7 @@ def _decode(config: ModelConfig, mesh: Mesh, temperature: float, top_k: int, top
 
 def _extend(config: ModelConfig, params: PyTree, tokens: Array, cache: Any, begin: Array) -> tuple[Array, Any]:
     """Hidden states of tokens in the slots from `begin` on, each of which sees the slots up to its own."""
-    slots = jax.tree.leaves(cache)[0].shape[-3]
+    slots = kv.length(cache)
     at = begin + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     mask = jnp.arange(slots)[None, None, :] <= at[:, :, None]
     return transformer.cached(config, params, tokens, at, mask, cache, begin)

@@ -19,7 +19,7 @@ class Forked(NamedTuple):
 
 
 Mask = Array | Forked
-ELEMENTWISE = ("cpu",)  # backends on which one query per row is a sum of products; elsewhere a dot
+ELEMENTWISE = ("cpu",)  # backends on which one query per row attends to a cache by sums of products; elsewhere by dots
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, softcap: float = 0.0) -> Array:
@@ -43,26 +43,16 @@ def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float,
     chex.assert_shape(mask, (query.shape[0], query.shape[1], key.shape[1]))
     batch, length, heads, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], dim)
-    if length == 1 and jax.default_backend() in ELEMENTWISE:
-        return _attend_one(grouped[:, 0], key, value, mask[:, 0], scale, softcap).reshape(query.shape)
     logits = jnp.einsum("btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32)
     weights = _weights(logits, mask[:, None, None, :, :], scale, softcap).astype(value.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, value).reshape(batch, length, heads, dim)
 
 
-def _attend_one(query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float) -> Array:
-    """`attend` for one query per row, [B, G, H/G, d], as sums of products in the cache's own layout: a dot would transpose keys and values first,
-    that is copy the cache for every token."""
-    logits = (query[:, None].astype(jnp.float32) * key[:, :, :, None].astype(jnp.float32)).sum(-1)  # [B, S, G, H/G]
-    weights = _weights(logits, mask[:, :, None, None], scale, softcap, axis=1).astype(value.dtype)
-    return (weights[..., None].astype(jnp.float32) * value[:, :, :, None].astype(jnp.float32)).sum(1).astype(value.dtype)
-
-
-def _weights(logits: Array, mask: Array, scale: float, softcap: float, axis: int = -1) -> Array:
+def _weights(logits: Array, mask: Array, scale: float, softcap: float) -> Array:
     logits = logits * scale
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
-    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=axis)
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def attend_forked(query: Array, key: Array, value: Array, mask: Forked, *, scale: float, softcap: float = 0.0) -> Array:
@@ -92,6 +82,37 @@ def attend_forked(query: Array, key: Array, value: Array, mask: Forked, *, scale
     out = jnp.einsum("xbghnp,xpgd->xbnghd", weights[..., :prompt], value[:, :prompt])
     out = out + jnp.einsum("xbghnm,xbmgd->xbnghd", weights[..., prompt:], own(value))
     return jnp.concatenate([first, out.reshape(rows, group * length, *query.shape[2:])], axis=1)
+
+
+def attend_cache(query: Array, key: Array, value: Array, mask: Array, *, scale: float, softcap: float = 0.0) -> Array:
+    """`attend` to keys and values that lie as the sums over them run: no copy, no transposition per token.
+
+    Args:
+      query: [B, T, H, d].
+      key: [B, G, d, S], the slots last: a query's products with all of them are added as whole vectors.
+      value: [B, G, S, d].
+      mask: [B, T, S] bool.
+      scale, softcap: as for `attend`.
+
+    Returns:
+      [B, T, H, d], of the query's type.
+    """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_shape(mask, (query.shape[0], query.shape[1], key.shape[3]))
+    batch, length, heads, dim = query.shape
+    grouped = query.reshape(batch, length, key.shape[1], heads // key.shape[1], dim)
+    elementwise = jax.default_backend() in ELEMENTWISE
+    one, wide = length == 1 and elementwise, jnp.float32 if elementwise else query.dtype  # XLA's CPU has no bfloat16 dots over such layouts
+    if one:  # fused into one pass, whatever the precision of the cache
+        logits = (grouped[:, 0, :, :, :, None].astype(jnp.float32) * key[:, :, None].astype(jnp.float32)).sum(3)[:, :, :, None]
+    else:
+        logits = jnp.einsum("btgrd,bgds->bgrts", grouped.astype(wide), key.astype(wide), preferred_element_type=jnp.float32)
+    weights = _weights(logits, mask[:, None, None, :, :], scale, softcap).astype(query.dtype)
+    if one:
+        attended = (weights[:, :, :, 0, :, None].astype(jnp.float32) * value[:, :, None].astype(jnp.float32)).sum(3)
+    else:
+        attended = jnp.einsum("bgrts,bgsd->btgrd", weights.astype(wide), value.astype(wide))
+    return attended.astype(query.dtype).reshape(batch, length, heads, dim)
 
 
 def visibility(segment_ids: Array) -> Array:

@@ -72,12 +72,13 @@ class Block(nn.Module):
         if tables:
             table = tables[self.window > 0]
             query, key = rope.rotate(query, jax.tree.map(lambda y: y[:, reads:], table)), rope.rotate(key, table)
+        how: dict[str, float] = {"scale": c.attention_scale or c.head_dim**-0.5, "softcap": c.attention_softcap}
         if cache is None:
-            mask = within(reading(mask, reads), reads, self.window)
+            seen = within(reading(mask, reads), reads, self.window)
+            h = attend_forked(query, key, value, seen, **how) if isinstance(seen, Forked) else attend(query, key, value, seen, **how)
         else:
-            key, value, mask, cache = kv.extend(cache, key, value, mask, slot, self.window)
-        weigh: Any = attend_forked if isinstance(mask, Forked) else attend
-        h = weigh(query, key, value, mask, scale=c.attention_scale or c.head_dim**-0.5, softcap=c.attention_softcap)
+            assert not isinstance(mask, Forked)
+            h, cache = kv.attend(cache, query, key, value, mask, slot, self.window, **how)
         h = h.reshape(batch, -1, c.heads * c.head_dim)
         return Linear(c, c.hidden, ("heads", "embed"), (2 * c.layers) ** -0.5, c.output_bias, name="output")(h, keys, salt + 3), cache
 

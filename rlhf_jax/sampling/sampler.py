@@ -55,7 +55,7 @@ def generate(
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
     if 0 < slots < batch:
         drawn, done = refilled(nets, prompts, keys, slots=slots, group_size=group_size, chunk=chunk or CHUNK, max_new_tokens=max_new_tokens, how=how)
-        return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32))
+        return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32), group_size)
     prompt_visible = jnp.pad(prompts.segment_ids != 0, ((0, 0), (0, max_new_tokens)))
     slot_index = jnp.arange(width + max_new_tokens)[None, :]
 

@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import cache
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.sampling.drawing import Drawn, blank, emit
 from rlhf_jax.sampling.filters import State
@@ -128,8 +129,8 @@ class _Work:
         """A pool of the groups from `first` on."""
         ahead = self.slots // self.group_size
         part = jax.tree.map(lambda x: constrain(jax.lax.dynamic_slice_in_dim(x, first, ahead), ("batch", None)), self.heads)
-        logits, cache = self.nets.prefill(*part, part.tokens.shape[1] + self.new)
-        return _Pool(jnp.int32(first), self.how["filters"].start(part, logits.shape[-1]), logits, cache)
+        logits, kept = self.nets.prefill(*part, part.tokens.shape[1] + self.new)
+        return _Pool(jnp.int32(first), self.how["filters"].start(part, logits.shape[-1]), logits, kept)
 
     def join(self, queue: _Queue) -> _Queue:
         """Gives the free rows to what the pool holds of the queue; fills the pool first if it holds nothing more."""
@@ -141,17 +142,14 @@ class _Work:
         row = jnp.where(new, index, rows.row).astype(jnp.int32)
         at, group = row.clip(max=batch - 1), jnp.clip(row // self.group_size - pool.first, 0, ahead - 1)
         take = lambda old, x: _joined(new, old, x[group], 0)  # noqa: E731
-
-        def move(old: Array, x: Array) -> Array:
-            x = jnp.roll(x, queue.time - width, axis=x.ndim - 3)  # slots are the third axis from the end, rows the fourth
-            return _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4)
-
+        move = lambda old, x: _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4)  # noqa: E731
         empty = blank((self.slots, self.new), rows.drawn, self.how["pad_id"])
         rows = _Rows(
             row=row, key=jnp.where(new, self.keys[at], rows.key), length=jnp.where(new, self.lengths[at], rows.length),
             made=jnp.where(new, 0, rows.made), done=jnp.where(new, self.lengths[at] == 0, rows.done), ended=rows.ended & ~new,
             state=jax.tree.map(take, rows.state, pool.state), logits=take(rows.logits, pool.logits),
-            cache=jax.tree.map(move, rows.cache, pool.cache), drawn=jax.tree.map(lambda x, e: _joined(new, x, e, 0), rows.drawn, empty),
+            cache=jax.tree.map(move, rows.cache, cache.later(pool.cache, queue.time - width)),
+            drawn=jax.tree.map(lambda x, e: _joined(new, x, e, 0), rows.drawn, empty),
         )
         return queue._replace(rows=rows, pool=pool, next=queue.next + new.sum(dtype=jnp.int32))
 
@@ -162,10 +160,10 @@ class _Work:
         kept = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 0), kept, drawn)
         position, times = rows.length + rows.made, self.heads.tokens.shape[1] + self.new
         age = (time - jnp.arange(times)) % times
-        logits, cache = self.nets.decode(drawn.token, position, time, age[None, :] <= position[:, None], rows.cache)
+        logits, now = self.nets.decode(drawn.token, position, time, age[None, :] <= position[:, None], rows.cache)
         made = rows.made + ~rows.done
         ended = rows.ended | (done & ~rows.done)
-        return time + 1, rows._replace(made=made, done=done | (made >= self.new), ended=ended, state=state, logits=logits, cache=cache), kept
+        return time + 1, rows._replace(made=made, done=done | (made >= self.new), ended=ended, state=state, logits=logits, cache=now), kept
 
     def advance(self, queue: _Queue) -> _Queue:
         """Fills the free rows, and decodes a chunk."""

@@ -34,7 +34,7 @@ def decoded(config: Any, kind: str, at: int, params: Any, seqs: Any) -> Any:
     nets = tiny.nets(config, cache=kind).replace(params={"policy": params})
     head = jax.tree.map(lambda x: x[:, :P], (seqs.tokens, seqs.positions, seqs.segment_ids))
     logits, kept = nets.prefill(*head, P + N)
-    kept = jax.tree.map(lambda x: jnp.roll(x, at - P, axis=x.ndim - 3), kept)  # as if the prompt had come later
+    kept = cache.later(kept, at - P)
     real = jnp.roll(seqs.segment_ids != 0, at - P, axis=1)
 
     def step(kept: Any, i: Any) -> Any:
@@ -61,7 +61,7 @@ def test_a_ring_decodes_what_a_full_forward_computes(name: str, at: int) -> None
 def slots(config: Any, length: int, ring: bool) -> list[int]:
     kept = {"layers": jax.eval_shape(lambda: cache.empty(config, 2, length, ring=ring))}
     layers = layout.to_canonical(kept)["layers"]
-    return [layers[str(i)]["k"].shape[-3] for i in range(config.layers)]
+    return [layers[str(i)]["k"].shape[-1] for i in range(config.layers)]
 
 
 def test_a_ring_has_the_slots_of_its_window() -> None:
@@ -95,14 +95,13 @@ def test_fewer_bits_cost_a_bounded_error(kind: str, config: Any) -> None:
 def test_a_head_is_quantised_by_its_own_largest_feature() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 4)).astype(np.float32) * np.array([1.0, 100.0], np.float32)[:, None]
     x[0, 1] = 0
-    kept = jax.tree.map(lambda y: y[:, :3], cache.empty(tiny.BASE, 2, 5, kind="int8")["0"])
-    mask = jnp.ones((2, 3, 3), bool)
-    _, _, _, kept = cache.extend(kept, jnp.asarray(x), jnp.asarray(-x), mask, None, 0)
-    assert kept["k"].dtype == jnp.int8 and kept["k_scale"].shape == (2, 3, 2, 1)
+    kept = cache.empty(tiny.BASE, 2, 5, kind="int8")["0"]
+    _, kept = cache.attend(kept, jnp.zeros((2, 3, 4, 4)), jnp.asarray(x), jnp.asarray(-x), jnp.ones((2, 3, 3), bool), None, 0, scale=1.0, softcap=0.0)
+    assert kept["k"].dtype == jnp.int8 and kept["k_scale"].shape == (2, 2, 1, 5) and kept["v_scale"].shape == (2, 2, 5, 1)
     scale = np.abs(x).max(-1, keepdims=True) / 127
-    np.testing.assert_allclose(kept["k_scale"], scale, rtol=1e-6)
-    for name, sign in (("k", 1), ("v", -1)):
-        again = np.asarray(kept[name], np.float32) * np.asarray(kept[f"{name}_scale"])
+    np.testing.assert_allclose(np.asarray(kept["k_scale"])[..., :3].transpose(0, 3, 1, 2), scale, rtol=1e-6)
+    keys, values = (np.asarray(kept[name], np.float32) * np.asarray(kept[f"{name}_scale"]) for name in ("k", "v"))
+    for again, sign in ((keys[..., :3].transpose(0, 3, 1, 2), 1), (values[:, :, :3].swapaxes(1, 2), -1)):
         assert (np.abs(again - sign * x) <= scale / 2 * (1 + 1e-5)).all() and not again[0, 1].any()
 
 

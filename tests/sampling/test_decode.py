@@ -235,11 +235,11 @@ def test_the_cache_is_not_copied_per_token(config: Any, chunk: int, kind: str) -
 
 
 def test_copies_of_the_cache_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dot over one query transposes keys and values; a layer scan writes its whole cache anew."""
+    """Dots over keys of eight bits convert them first; a layer scan writes its whole cache anew."""
     size = 16 * 46 * 8
     with monkeypatch.context() as patch:
         patch.setattr(attention, "ELEMENTWISE", ())
-        assert len(loop_copies(compiled(tiny.BASE, 0), size)) >= 2
+        assert len(loop_copies(compiled(tiny.BASE, 0, "int8"), size)) >= 2
     monkeypatch.setattr(networks, "UNROLLING", ())
     assert len(loop_copies(compiled(SCANNED, 0), size)) >= 2
 
@@ -252,13 +252,16 @@ def compiled(config: Any, chunk: int, kind: str = "same") -> str:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_query_attends_as_many_do(softcap: float, dtype: str) -> None:
-    """Sums of products against the dot, of the last query among others."""
+@pytest.mark.parametrize(("dtype", "elementwise"), [("float32", True), ("float32", False), ("bfloat16", True)])
+def test_queries_attend_to_a_cache_as_to_keys_of_their_own(softcap: float, dtype: str, elementwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last query among others, and alone over a cache: sums of products, or dots."""
+    monkeypatch.setattr(attention, "ELEMENTWISE", (jax.default_backend(),) if elementwise else ())
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(3, 5, heads, 4)), dtype) for heads in (6, 2, 2))
     mask = jnp.asarray(rng.random((3, 5, 5)) < 0.7).at[:, :, 0].set(True)
-    many = attention.attend(query, key, value, mask, scale=0.5, softcap=softcap)[:, -1:]
-    one = attention.attend(query[:, -1:], key, value, mask[:, -1:], scale=0.5, softcap=softcap)
-    assert one.dtype == many.dtype and one.shape == many.shape
-    np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(many, np.float32), atol=1e-6 if dtype == "float32" else 2e-2)
+    many = attention.attend(query, key, value, mask, scale=0.5, softcap=softcap)
+    kept = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+    for begin in (4, 0):
+        found = attention.attend_cache(query[:, begin:], *kept, mask[:, begin:], scale=0.5, softcap=softcap)
+        assert found.dtype == many.dtype and found.shape == many[:, begin:].shape
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(many[:, begin:], np.float32), atol=1e-6 if dtype == "float32" else 2e-2)
