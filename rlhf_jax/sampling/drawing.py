@@ -74,7 +74,7 @@ def pick(logits: Array, keys: Array, state: State, *, temperature: float, top_k:
     chex.assert_rank([logits, keys], [2, 1])
     edited, state = filters.edit(logits, state)
     if temperature == 0.0:
-        token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+        token = categorical.likeliest(edited)
         return Pick(token, jnp.zeros(logits.shape[0], jnp.float32), vocab.logps(logits, token)), state
     kept = logit_filters.top_p(logit_filters.top_k(logit_filters.temperature(edited, t=temperature), k=top_k), p=top_p)
     kept, state = filters.cut(kept, state)

@@ -112,9 +112,17 @@ def test_the_method_is_chosen_by_backend_and_size():
     np.testing.assert_array_equal(categorical.draw(keys, logits[:, :100])[0], categorical.gumbel(keys, logits[:, :100])[0])
 
 
+def test_the_likeliest_is_the_first_of_the_largest():
+    logits = np.random.default_rng(0).integers(-3, 4, (50, 9)).astype(np.float32)
+    logits[::5, :4] = -np.inf
+    np.testing.assert_array_equal(categorical.likeliest(jnp.asarray(logits)), logits.argmax(-1))
+    assert categorical.likeliest(jnp.full((1, 5), -jnp.inf)).tolist() == [0]
+
+
 def test_wrong_shapes_are_refused():
     keys = jax.random.split(jax.random.key(0), 2)
-    for call in (lambda: categorical.draw(keys, jnp.zeros(3)), lambda: categorical.gumbel(keys[0], jnp.zeros((2, 3))),
+    for call in (lambda: categorical.draw(keys, jnp.zeros(3)), lambda: categorical.likeliest(jnp.zeros(3)),
+                 lambda: categorical.gumbel(keys[0], jnp.zeros((2, 3))),
                  lambda: categorical.invert(jnp.zeros((2, 1)), jnp.zeros((2, 3)))):
         with pytest.raises(AssertionError):
             call()
