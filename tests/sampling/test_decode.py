@@ -18,7 +18,7 @@ from rlhf_jax.sampling import filters
 from rlhf_jax.types import Rollout
 from tests.models import tiny
 from tests.sampling.test_filters import BPE, entry, spelled
-from tests.sampling.test_sampler import SETTINGS, distribution, generate, prompts, texts, trainer_logps
+from tests.sampling.test_sampler import SETTINGS, distribution, generate, prompts, texts, trainer, trainer_logps
 
 SCANNED = tiny.config(scan_layers=True)
 
@@ -43,6 +43,8 @@ PROOF: dict[str, dict[str, Any]] = {
     "cold, filtered": {"temperature": 0.6, "top_k": 9, "top_p": 0.9},
     "hot, shared, early end": {"temperature": 1.5, "top_p": 0.8, "group_size": 4, "chunk": 2},
     "scanned, shared": {"config": SCANNED, "group_size": 4},
+    "refilled, rings, the head in chunks": {
+        "config": tiny.config(windows=(4, 0), logits_chunk=3), "group_size": 2, "slots": 4, "chunk": 3, "temperature": 0.8, "stop_ids": (3, 5, 6, 9)},
 }
 
 
@@ -52,7 +54,7 @@ def test_sampler_and_trainer_agree_on_every_tokens_log_prob(name: str) -> None:
     how = {"config": tiny.BASE, "temperature": 1.0, **PROOF[name]}
     rollout = generate(grouped(4), **how)
     mask, config, temperature = rollout.seqs.loss_mask, how["config"], how["temperature"]
-    assert 16 < mask.sum() <= 128 and (mask.sum() < 128 or name != "early end")
+    assert 16 < mask.sum() <= 128 and (mask.sum() < 128 or "early end" not in name)
     gaps = np.abs(trainer_logps(rollout, config, temperature) - rollout.plain_logps)[mask]
     assert gaps.max() <= 1e-4 and np.percentile(gaps, 99) <= 1e-4, (gaps.max(), np.percentile(gaps, 99))
     logits = np.asarray(tiny.logits(config, tiny.params(config), rollout.seqs))
@@ -62,6 +64,20 @@ def test_sampler_and_trainer_agree_on_every_tokens_log_prob(name: str) -> None:
     assert not rollout.plain_logps[~mask].any() and not rollout.sampler_logps[~mask].any()
     apart = np.abs(rollout.plain_logps - rollout.sampler_logps)[mask].max()
     assert apart > 0.05 if top_p < 1 else apart == 0
+
+
+def test_packed_rows_have_the_samplers_log_probs() -> None:
+    """The trainer reads two samples in one row, without the padding between them."""
+    rollout = generate(grouped(4), config=tiny.BASE, stop_ids=(3, 5, 6, 9))
+    real = rollout.seqs.segment_ids != 0
+    pairs = [[(rollout.seqs.tokens[b][real[b]], rollout.plain_logps[b][real[b]], rollout.seqs.loss_mask[b][real[b]]) for b in (2 * p, 2 * p + 1)]
+             for p in range(8)]
+    packed = [tiny.row(np.concatenate([one[0], two[0]]), lengths=(len(one[0]), len(two[0])), right=30 - len(one[0]) - len(two[0]))
+              for one, two in pairs]
+    found = np.asarray(trainer(tiny.nets(tiny.BASE), jax.tree.map(lambda *x: jnp.concatenate(x), *packed)))
+    wanted, own = (np.stack([np.pad(np.concatenate([one[at], two[at]]), (0, 30 - len(one[0]) - len(two[0]))) for one, two in pairs]) for at in (1, 2))
+    gaps = np.abs(found - wanted)[own != 0]
+    assert len(gaps) > 32 and gaps.max() <= 1e-4 and np.percentile(gaps, 99) <= 1e-4, gaps.max()
 
 
 # --- groups ---
