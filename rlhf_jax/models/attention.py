@@ -17,6 +17,15 @@ class Forked(NamedTuple):
     prompt: Array  # [g, Q, P] bool, the prompt's queries (from slot P − Q on)
     responses: Array  # [g, G, N, P + N] bool
 
+    def reading(self, start: int) -> Forked:
+        """Without the prompt's first `start` queries."""
+        return self._replace(prompt=self.prompt[:, start:])
+
+    def within(self, slot: int, window: int) -> Forked:
+        """As the function of this name, the prompt's first query in slot `slot`."""
+        after = self.responses.shape[-1] - self.responses.shape[-2]
+        return Forked(self.prompt & _near(self.prompt, slot, window), self.responses & _near(self.responses, after, window)) if window else self
+
 
 Mask = Array | Forked
 ELEMENTWISE = ("cpu",)  # backends on which one query per row attends to a cache by sums of products; elsewhere by dots
@@ -141,35 +150,17 @@ def forked(segment_ids: Array, prefix: tuple[int, int]) -> Forked:
     return Forked(seen[:, 0, :prompt, :prompt], seen[:, :, prompt:])
 
 
-def reading(mask: Mask, start: int) -> Mask:
-    """The mask of the queries from slot `start` of a row on.
-
-    Args:
-      mask: [B, T, S] bool, or forked.
-      start: slots left out; in a forked row less than the prompt's.
-    """
-    if isinstance(mask, Forked):
-        return mask._replace(prompt=mask.prompt[:, start:])
-    chex.assert_rank(mask, 3)
-    return mask[:, start:]
-
-
-def within(mask: Mask, slot: Array | int, window: int) -> Mask:
+def within(mask: Array, slot: Array | int, window: int) -> Array:
     """`mask` where the key is one of the query's last `window` slots, its own included. The tokens of a segment lie in a row, so that slots count
     positions.
 
     Args:
-      mask: [B, T, S] bool, or forked.
+      mask: [B, T, S] bool.
       slot: [] int32, the slot of the first query.
       window: slots; 0 = all.
     """
-    chex.assert_rank(mask.prompt if isinstance(mask, Forked) else mask, 3)
-    if not window:
-        return mask
-    if isinstance(mask, Forked):
-        length, seen = mask.responses.shape[-2:]
-        return Forked(mask.prompt & _near(mask.prompt, slot, window), mask.responses & _near(mask.responses, seen - length, window))
-    return mask & _near(mask, slot, window)
+    chex.assert_rank(mask, 3)
+    return mask & _near(mask, slot, window) if window else mask
 
 
 def _near(mask: Array, slot: Array | int, window: int) -> Array:

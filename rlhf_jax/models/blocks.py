@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import cache as kv
 from rlhf_jax.models import moe, rope
-from rlhf_jax.models.attention import Forked, Mask, attend, attend_forked, reading, within
+from rlhf_jax.models.attention import Forked, Mask, attend, attend_forked, within
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import ACTIVATIONS, Linear, Norm, drop, pin
@@ -73,11 +73,11 @@ class Block(nn.Module):
             table = tables[self.window > 0]
             query, key = rope.rotate(query, jax.tree.map(lambda y: y[:, reads:], table)), rope.rotate(key, table)
         how: dict[str, float] = {"scale": c.attention_scale or c.head_dim**-0.5, "softcap": c.attention_softcap}
-        if cache is None:
-            seen = within(reading(mask, reads), reads, self.window)
-            h = attend_forked(query, key, value, seen, **how) if isinstance(seen, Forked) else attend(query, key, value, seen, **how)
+        if isinstance(mask, Forked):
+            h = attend_forked(query, key, value, mask.reading(reads).within(reads, self.window), **how)
+        elif cache is None:
+            h = attend(query, key, value, within(mask[:, reads:], reads, self.window), **how)
         else:
-            assert not isinstance(mask, Forked)
             h, cache = kv.attend(cache, query, key, value, mask, slot, self.window, **how)
         h = h.reshape(batch, -1, c.heads * c.head_dim)
         return Linear(c, c.hidden, ("heads", "embed"), (2 * c.layers) ** -0.5, c.output_bias, name="output")(h, keys, salt + 3), cache
