@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 Array = jax.Array
@@ -27,6 +28,7 @@ class Purpose(enum.IntEnum):
     PREPARE = 3
     ROLLOUT = 4
     VALIDATION = 5
+    REPLAY = 6
 
 
 class Sequences(struct.PyTreeNode, kw_only=True):
@@ -118,6 +120,7 @@ class Rollout(struct.PyTreeNode, kw_only=True):
     version: Array  # [B] int32, the iteration whose weights sampled the row
     plain_logps: Array | None = None  # [B, T] float32 nats, at temperature 1 where decoding was greedy
     scores: Array | None = None  # [B] float32, one reward per completion
+    components: Array | None = None  # [B, C] float32, the rewards that it was made of, as they were given; not finite where one failed
     old_logps: Array | None = None  # [B, T] float32 nats
     values: Array | None = None  # [B, T] float32, V before token t
     rewards: Array | None = None  # [B, T] float32
@@ -140,6 +143,7 @@ class TrainState(struct.PyTreeNode, kw_only=True):
     opt_state: PyTree
     key: Array  # typed key of the run; counters are folded in, it never advances
     carry: PyTree  # an objective's own state, e.g. a KL controller
+    online: PyTree = None  # rollouts in flight, prompt cursor, replay, moving reference (train.rollouts.Online); None where there is none of it
 
 
 class Mean(struct.PyTreeNode):
@@ -171,3 +175,60 @@ class Mean(struct.PyTreeNode):
     def compute(self) -> Array:
         """total / count, with 1 in place of a zero count."""
         return self.total / jnp.where(self.count == 0, 1.0, self.count)
+
+
+class Tail(Mean):
+    """A quantile or a maximum among Means: how many entries lie above each of fixed thresholds, counts that merge exactly by addition as Means do.
+
+    Read off when all is merged (`settled`), it is the smallest threshold that no more than 1 − q of the entries exceed: at most 7 % above the
+    entry, 0 exactly where no entry is positive; 1e-6 and 60, the thresholds' ends, stand for what is nearer to 0 and for what is beyond.
+    """
+
+    above: Array  # [THRESHOLDS] float32, entries greater than each threshold
+    q: float = struct.field(pytree_node=False)  # (0, 1]; 1 = the largest entry
+    exponential: bool = struct.field(pytree_node=False, default=False)  # entries are logarithms; read off is e to their power
+
+    @classmethod
+    def at(cls, q: float, values: Array, mask: Array, *, exponential: bool = False) -> Tail:
+        """Of `values` where `mask`.
+
+        Args:
+          q: (0, 1]; 1 = the largest entry.
+          values: any shape; a negative one counts as 0.
+          mask: same shape, bool.
+          exponential: values are logarithms, and the quantile of e^value is meant.
+        """
+        mean = Mean.of(values, mask)
+        # Entry x exceeds the thresholds 0 … b − 1, b = how many lie below it: a histogram of b, summed from its end.
+        below = jnp.minimum(jnp.searchsorted(_thresholds(), values.astype(jnp.float32), side="left"), THRESHOLDS - 1)  # a NaN lies beyond all
+        counts = jnp.zeros(THRESHOLDS + 1, jnp.float32).at[below.reshape(-1)].add(mask.reshape(-1).astype(jnp.float32))
+        return cls(mean.total, mean.count, jnp.cumsum(counts[::-1])[::-1][1:], q=q, exponential=exponential)
+
+    def merge(self, other: Mean) -> Tail:
+        """The tail of both sets of entries."""
+        if not isinstance(other, Tail):
+            raise AssertionError("a tail merges with a tail")
+        return jax.tree.map(jnp.add, self, other)
+
+    def compute(self) -> Array:
+        """The quantile, 0 (e⁰) where nothing was counted."""
+        reached = jnp.argmax(self.above <= (1.0 - self.q) * self.count)  # the last threshold is infinite
+        value = jnp.minimum(_thresholds()[reached], FARTHEST)
+        return jnp.exp(value) if self.exponential else value
+
+
+THRESHOLDS, NEAREST, FARTHEST = 256, 1e-6, 60.0  # of a Tail: 0, then in geometric steps of 7 %, then infinity
+
+
+def _thresholds() -> Array:
+    inner = np.geomspace(NEAREST, FARTHEST, THRESHOLDS - 2)
+    return jnp.asarray(np.concatenate([[0.0], inner, [np.inf]]), jnp.float32)
+
+
+def settled(metrics: dict[str, Mean]) -> dict[str, Mean]:
+    """The metrics with every quantile read off, for those who know Means alone.
+
+    Args:
+      metrics: merged over everything that they are merged over.
+    """
+    return {name: Mean(jnp.asarray(m.compute(), jnp.float32), jnp.float32(1.0)) if isinstance(m, Tail) else m for name, m in metrics.items()}

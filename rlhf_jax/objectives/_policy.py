@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import PLACES, drift_metrics, filled, log_ratio
+from rlhf_jax.objectives._rollouts import PLACES, clip_metrics, drift_metrics, filled, log_ratio
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.importance import CORRECTIONS, LEVELS, on_policy
 from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio
 from rlhf_jax.ops.masking import loss_tokens, masked_mean, masked_sum
-from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
+from rlhf_jax.ops.policy_gradient import clipped_sides, clipped_surrogate
 from rlhf_jax.types import Array, Mean, Rollout
 
 DEFAULTS: dict[str, Any] = {  # what is off by default in every objective that takes it
@@ -175,9 +175,9 @@ def clipped_loss(average: Callable[[Array, Evaluation], Mean]) -> Callable[..., 
     ) -> tuple[dict[str, Mean], dict[str, Mean]]:
         now = evaluate(nets, batch, keys, ratio_level=ratio_level, off_policy_kl=off_policy_kl)
         surrogate = clipped_surrogate(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-        clipped = surrogate_is_clipped(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        sides = clipped_sides(now.log_ratios, now.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
         terms = {"policy": average(surrogate, now)} | penalties(
             now, average, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-        return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+        return terms, now.metrics() | clip_metrics(*sides, now.mask)
 
     return loss

@@ -13,10 +13,10 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.ops import vocab
 from rlhf_jax.ops.importance import CORRECTIONS
-from rlhf_jax.ops.kl import ESTIMATORS, exp_ratio, k1, k3
+from rlhf_jax.ops.kl import ESTIMATORS, from_reference, k1, k3
 from rlhf_jax.ops.masking import loss_tokens, masked_moments, masked_sum
-from rlhf_jax.ops.policy_gradient import surrogate_is_clipped
-from rlhf_jax.types import Array, Mean, Rollout
+from rlhf_jax.ops.policy_gradient import clipped_sides
+from rlhf_jax.types import Array, Mean, Rollout, Tail
 
 PLACES = ("reward", "loss")  # where a KL penalty may sit
 
@@ -94,7 +94,7 @@ def completion_scores(
     metrics = rollout_metrics(batch, raw_scores(batch))
     scores = penalised(raw, batch.truncated, missing_eos_penalty=missing_eos_penalty)
     if batch.seqs.ref_logps is not None:
-        metrics["objective/kl"] = sequence_kl(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, batch.real)
+        metrics |= kl_metrics(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, batch.real)
     if beta and kl_in == "reward":
         log_ratios = log_ratio(old_logps, reference_logps(batch.seqs, "with config.objective.beta > 0"), mask)
         penalty = -beta * masked_sum(ESTIMATORS[kl_estimator](log_ratios), mask)
@@ -166,7 +166,7 @@ def with_advantages(
     mask = loss_tokens(batch.seqs)
     weights, metrics = corrections(old_logps, batch.sampler_logps, mask, correction=correction, correction_low=correction_low,
                                    correction_high=correction_high)
-    return batch.replace(old_logps=old_logps, advantages=jnp.where(mask, advantages * weights, 0.0)), metrics
+    return batch.replace(old_logps=old_logps, advantages=jnp.where(mask, advantages * weights, 0.0)), metrics | gap_metrics(batch, old_logps)
 
 
 def corrections(
@@ -191,12 +191,28 @@ def corrections(
         return weights, {}
     everywhere = jnp.broadcast_to(weights, mask.shape)
     bounded = weights != weigh(log_ratios, mask, correction_low=0.0, correction_high=math.inf)
-    gap = jnp.where(mask, jnp.abs(log_ratios), 0.0)
     return weights, {
         "policy/correction_mean": Mean.of(everywhere, mask),
         "policy/correction_max": Mean.of(jnp.where(mask, everywhere, 0.0).max()),
         "policy/correction_frac": Mean.of(jnp.broadcast_to(bounded, mask.shape), mask),
+    }
+
+
+def gap_metrics(batch: Rollout, old_logps: Array) -> dict[str, Mean]:
+    """How far the sampler's reading of its tokens is from the trainer's at the same temperature: mean, 99th percentile and largest |difference|.
+
+    Of samples of the weights that are trained it is rounding; of older ones it holds what the policy has moved since.
+
+    Args:
+      batch: the rollout; filters (top_p …) do not count where the sampler kept its unfiltered log-probs.
+      old_logps: the trainer's, [B, T] nats.
+    """
+    chex.assert_equal_shape([old_logps, batch.sampler_logps])
+    mask, drawn = loss_tokens(batch.seqs), batch.sampler_logps if batch.plain_logps is None else batch.plain_logps
+    gap = jnp.abs(log_ratio(old_logps, drawn, mask))
+    return {
         "rollout/logp_gap_mean": Mean.of(gap, mask),
+        "rollout/logp_gap_p99": Mean.of(jnp.minimum(Tail.at(0.99, gap, mask).compute(), gap.max())),
         "rollout/logp_gap_max": Mean.of(gap.max()),
     }
 
@@ -269,8 +285,33 @@ def sequence_kl(log_ratios: Array, mask: Array, real: Array) -> Mean:
     return Mean.of(masked_sum(k1(log_ratios), mask), real)
 
 
+def kl_metrics(log_ratios: Array, mask: Array, real: Array) -> dict[str, Mean]:
+    """KL between policy and reference in both directions, from the policy's samples, mean over the real rows of Σ over tokens, nats.
+
+    Args:
+      log_ratios: [B, T] log π − log ref of the sampled tokens.
+      mask: [B, T] bool.
+      real: [B] bool.
+    """
+    chex.assert_equal_shape([log_ratios, mask])
+    return {"objective/kl": sequence_kl(log_ratios, mask, real),
+            "objective/kl_from_reference": Mean.of(masked_sum(from_reference(log_ratios), mask), real)}
+
+
+def clip_metrics(below: Array, above: Array, mask: Array) -> dict[str, Mean]:
+    """The fractions whose gradient a clip takes away: in all, because the ratio is too small, and because it is too large.
+
+    Args:
+      below, above: of each token [B, T], or of each row [B], bool.
+      mask: same shape, bool.
+    """
+    chex.assert_equal_shape([below, above, mask])
+    return {"policy/clip_frac": Mean.of(below | above, mask), "policy/clip_frac_low": Mean.of(below, mask),
+            "policy/clip_frac_high": Mean.of(above, mask)}
+
+
 def drift_metrics(log_ratios: Array, mask: Array) -> dict[str, Mean]:
-    """How far the policy has moved from the one that sampled: KL(old ‖ new), each row's largest ratio (its mean over rows).
+    """How far the policy has moved from the one that sampled: KL(old ‖ new), and the distribution of the ratio over tokens.
 
     Args:
       log_ratios: [B, T] log π − log π_old, nats.
@@ -278,10 +319,10 @@ def drift_metrics(log_ratios: Array, mask: Array) -> dict[str, Mean]:
     """
     chex.assert_rank([log_ratios, mask], 2)
     chex.assert_equal_shape([log_ratios, mask])
-    largest = jnp.where(mask, exp_ratio(log_ratios), 0.0).max(-1)
     return {
         "policy/approx_kl": Mean.of(k3(-log_ratios), mask),  # the samples are the old policy's
-        "policy/ratio_max": Mean.of(largest, mask.any(-1)),
+        "policy/ratio_p99": Tail.at(0.99, log_ratios, mask, exponential=True),
+        "policy/ratio_max": Tail.at(1.0, log_ratios, mask, exponential=True),
     }
 
 
@@ -300,5 +341,5 @@ def ratio_metrics(
     """
     chex.assert_rank([log_ratios, advantages, mask], 2)
     chex.assert_equal_shape([log_ratios, advantages, mask])
-    clipped = surrogate_is_clipped(log_ratios, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return {"policy/clip_frac": Mean.of(clipped, mask)} | drift_metrics(log_ratios, mask)
+    sides = clipped_sides(log_ratios, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return clip_metrics(*sides, mask) | drift_metrics(log_ratios, mask)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
 from rlhf_jax.objectives._policy import evaluate, penalties, token_means
+from rlhf_jax.objectives._rollouts import clip_metrics
 from rlhf_jax.ops.importance import LEVELS
 from rlhf_jax.ops.kl import exp_ratio
 from rlhf_jax.types import Array, Mean, Rollout
@@ -58,5 +59,4 @@ def loss(
     terms = {"policy": token_means(policy, now)} | penalties(
         now, token_means, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
     ratios = exp_ratio(now.log_ratios)
-    capped = (ratios < 1.0 - clip_low) | (ratios > 1.0 + clip_high)
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(capped, now.mask)}
+    return terms, now.metrics() | clip_metrics(ratios < 1.0 - clip_low, ratios > 1.0 + clip_high, now.mask)

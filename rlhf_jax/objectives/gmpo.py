@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _groups
 from rlhf_jax.objectives._groups import prepare
 from rlhf_jax.objectives._policy import evaluate, penalties, sequence_means
+from rlhf_jax.objectives._rollouts import clip_metrics
 from rlhf_jax.ops.kl import exp_ratio
 from rlhf_jax.ops.masking import masked_mean
 from rlhf_jax.types import Array, Mean, Rollout
@@ -59,5 +60,5 @@ def loss(
     policy = gmpo_loss(now.log_ratios, now.advantages, now.mask, clip_low=clip_low, clip_high=clip_high)
     terms = {"policy": Mean.of(policy, now.rows)} | penalties(
         now, sequence_means, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-    clipped = ((now.advantages > 0) & (now.log_ratios > clip_high)) | ((now.advantages < 0) & (now.log_ratios < -clip_low))
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.mask)}
+    below, above = (now.advantages < 0) & (now.log_ratios < -clip_low), (now.advantages > 0) & (now.log_ratios > clip_high)
+    return terms, now.metrics() | clip_metrics(below, above, now.mask)

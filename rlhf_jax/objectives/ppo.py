@@ -26,6 +26,8 @@ from rlhf_jax.objectives._rollouts import (
     before_update,
     corrections,
     filled,
+    gap_metrics,
+    kl_metrics,
     known_scores,
     log_ratio,
     penalised,
@@ -153,7 +155,7 @@ def prepare(
     ratios = log_ratio(old_logps, old_logps if ref_logps is None else ref_logps, mask)
     kl = sequence_kl(ratios, mask, known)
     if ref_logps is not None:
-        metrics["objective/kl"] = kl
+        metrics |= kl_metrics(ratios, mask, known)
 
     scores = shaped_scores(raw, reward_scale=reward_scale, reward_clip=reward_clip)
     scores = penalised(scores, batch.truncated, missing_eos_penalty=missing_eos_penalty)
@@ -173,7 +175,7 @@ def prepare(
     batch = batch.replace(old_logps=old_logps, values=out.values, rewards=rewards, returns=returns,
                           advantages=weights * whiten(advantages, mask, keep_mean=False))
     kl_coef_next = updated_kl_coef(carry["kl_coef"], kl.compute(), kl.count, kl_target=kl_target, kl_horizon=kl_horizon)
-    return batch, {"kl_coef": kl_coef_next}, metrics | corrected
+    return batch, {"kl_coef": kl_coef_next}, metrics | corrected | gap_metrics(batch, out.logps)
 
 
 def loss(

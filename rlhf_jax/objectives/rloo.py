@@ -18,11 +18,19 @@ import chex
 
 from rlhf_jax.objectives import _groups, _policy
 from rlhf_jax.objectives._policy import evaluate, penalties, sequence_sums
-from rlhf_jax.objectives._rollouts import before_update, completion_scores, raw_scores, rollout_metrics, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import (
+    before_update,
+    clip_metrics,
+    completion_scores,
+    raw_scores,
+    rollout_metrics,
+    trainable_rows,
+    with_advantages,
+)
 from rlhf_jax.objectives.ppo import shaped_scores
 from rlhf_jax.ops.advantages import group_statistics, leave_one_out_advantages, standardised
 from rlhf_jax.ops.masking import masked_mean, masked_sum
-from rlhf_jax.ops.policy_gradient import clipped_surrogate, surrogate_is_clipped
+from rlhf_jax.ops.policy_gradient import clipped_sides, clipped_surrogate
 from rlhf_jax.types import Array, Mean, PyTree, Rollout
 
 NEEDS = _groups.NEEDS
@@ -50,8 +58,8 @@ def rloo_advantages(returns: Array, group_ids: Array, known: Array, *, normalise
 
 def rloo_loss(
     log_ratios: Array, advantages: Array, mask: Array, *, clip_low: float, clip_high: float, dual_clip: float
-) -> tuple[Array, Array]:
-    """Unreduced loss of each row on its sequence's ratio, [B], and whether the clip takes its gradient away, [B] bool.
+) -> tuple[Array, tuple[Array, Array]]:
+    """Unreduced loss of each row on its sequence's ratio, [B], and whether the clip takes its gradient away, below and above, [B] bool each.
 
     Args:
       log_ratios: log π − log π_old, [B, T] nats.
@@ -65,7 +73,7 @@ def rloo_loss(
     chex.assert_equal_shape([log_ratios, advantages, mask])
     log_ratio, advantage = masked_sum(log_ratios, mask), masked_mean(advantages, mask)
     return (clipped_surrogate(log_ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
-            surrogate_is_clipped(log_ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip))
+            clipped_sides(log_ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip))
 
 
 def prepare(
@@ -97,4 +105,4 @@ def loss(
     policy, clipped = rloo_loss(now.log_ratios, now.advantages, now.mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     terms = {"policy": Mean.of(policy, now.rows)} | penalties(
         now, sequence_sums, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in, unbiased_kl=unbiased_kl, entropy_coef=entropy_coef)
-    return terms, now.metrics() | {"policy/clip_frac": Mean.of(clipped, now.rows)}
+    return terms, now.metrics() | clip_metrics(*clipped, now.rows)

@@ -75,4 +75,20 @@ def k3(log_ratio: Array) -> Array:
     return jnp.maximum(jnp.expm1(jnp.minimum(-log_ratio, MAX_LOG_RATIO)) + log_ratio, 0.0)
 
 
+def from_reference(log_ratio: Array) -> Array:
+    """1 − e⁻ˣ (1 + x), nats: the other direction, KL(ref ‖ π), from tokens drawn from π by importance weights r = e⁻ˣ = ref/π; unbiased, ≥ 0.
+
+    It is r log r less r − 1, whose expectation is 0.
+
+    Args:
+      log_ratio: x = log π − log ref at tokens drawn from π, any shape, nats.
+
+    Returns:
+      The same shape, ≥ 0.
+    """
+    chex.assert_type(log_ratio, float)
+    ratio = exp_ratio(-log_ratio)
+    return jnp.maximum(-jnp.expm1(jnp.minimum(-log_ratio, MAX_LOG_RATIO)) - log_ratio * ratio, 0.0)
+
+
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}  # by the name that a config gives

@@ -60,9 +60,29 @@ def surrogate_is_clipped(
     Returns:
       Same shape, bool.
     """
+    below, above = clipped_sides(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return below | above
+
+
+def clipped_sides(
+    log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
+) -> tuple[Array, Array]:
+    """`surrogate_is_clipped` by the side on which the ratio is out of bounds: too small with A < 0, too large with A > 0 or beyond `dual_clip`.
+
+    Args:
+      log_ratio: log ρ of each action, any shape, nats.
+      advantages: same shape.
+      clip_low: how far the ratio may fall below 1, [0, 1].
+      clip_high: how far the ratio may rise above 1, ≥ 0.
+      dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; inf = off.
+
+    Returns:
+      Below and above, same shape, bool each.
+    """
     chex.assert_equal_shape([log_ratio, advantages])
     ratio = exp_ratio(log_ratio)
-    return ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & ((ratio < 1.0 - clip_low) | (ratio > dual_clip)))
+    below = (advantages < 0) & (ratio < 1.0 - clip_low)
+    return below, ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & (ratio > dual_clip))
 
 
 def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip: float) -> Array:

@@ -41,6 +41,20 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def held_back() -> optax.GradientTransformationExtraArgs:
+    """Sets the updates of all networks but the critic to zero while the extra argument `held` is true.
+
+    Moments go on: started from nothing when the policy is let go, Adam's first steps would be three times too long, the count of updates being
+    everybody's. It stands before `params_ema`, which sees what is applied.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, *, held: Any, **_: Any) -> tuple[PyTree, Any]:
+        zero = lambda tree: jax.tree.map(lambda x: jnp.where(held, jnp.zeros_like(x), x), tree)  # noqa: E731
+        return {name: tree if name == "critic" else zero(tree) for name, tree in updates.items()}, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def evaluation_params(params: PyTree, opt_state: PyTree) -> PyTree:
     """The parameters' moving average where there is one, else the parameters."""
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState)) if isinstance(s, EmaState)]
@@ -87,12 +101,13 @@ def _muon_dimensions(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def build(config: Mapping[str, Any], total: int) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
+def build(config: Mapping[str, Any], total: int, *, critic_first: bool = False) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
     """The optimizer and its learning-rate schedule.
 
     Args:
       config: config.optimizer.
       total: updates of the whole run.
+      critic_first: the critic trains alone for a while; updates then take the extra argument `held`.
 
     Returns:
       The transformation, whose state also counts non-finite updates (`optax.apply_if_finite`), and the schedule.
@@ -118,6 +133,8 @@ def build(config: Mapping[str, Any], total: int) -> tuple[optax.GradientTransfor
     parts = [core]
     if config["clip_norm"] > 0:
         parts.insert(0, optax.clip_by_global_norm(config["clip_norm"]))
+    if critic_first:
+        parts.append(held_back())
     if config["ema_decay"] > 0:
         parts.append(params_ema(config["ema_decay"]))
     return optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=NEVER), rate

@@ -25,7 +25,7 @@ from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.rewarding import Rewards
 from rlhf_jax.train.step import fill_reference, make_step
-from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState
+from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState, settled
 
 ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
 
@@ -155,7 +155,7 @@ class Programs:
             batch = fill_reference(nets, batch)
             batch, _, prepared = exp.objective.prepare(nets, batch, carry, key)
             terms, metrics = exp.objective.loss(nets, batch, None)
-            return {**prepared, **metrics, **{f"loss/{name}": term for name, term in terms.items()}}
+            return {**prepared, **settled(metrics), **{f"loss/{name}": term for name, term in terms.items()}}
 
         return sharding.jit(held_out, exp.mesh)
 

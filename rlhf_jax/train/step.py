@@ -20,7 +20,7 @@ import optax
 
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.ops import rows
-from rlhf_jax.types import Array, Mean, Purpose, PyTree, Sequences, TrainState
+from rlhf_jax.types import Array, Mean, Purpose, PyTree, Rollout, Sequences, TrainState, settled
 
 Metrics = dict[str, Mean]
 
@@ -96,12 +96,12 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     return grads, {**metrics, "loss": Mean(jnp.asarray(whole, jnp.float32), jnp.float32(1.0))}
 
 
-def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState) -> tuple[PyTree, Any]:
+def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState, **extra: Any) -> tuple[PyTree, Any]:
     """Updates and the optimizer's next state; zeros and the old state, counted, where gradients, their norm or updates are not finite.
 
     `optax.apply_if_finite` looks at the gradients only. A gradient whose square overflows would leave Adam's second moment infinite, and its
     parameter standing still, for ever; and clipping to a norm would turn the whole update into zeros that nobody counts."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)] + [jnp.isfinite(optax.global_norm(grads))]))
     counted = state.opt_state._replace(
         notfinite_count=state.opt_state.notfinite_count + 1, total_notfinite=state.opt_state.total_notfinite + 1, last_finite=jnp.array(False)
@@ -112,7 +112,7 @@ def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state
 
 def make_step(
     objective: Any, spec: NetworkSpec, optimizer: optax.GradientTransformation, rate: Callable[[Array], Array], *, microbatches: int,
-    epochs: int, minibatches: int,
+    epochs: int, minibatches: int, critic_only: int = 0,
 ) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
     """The train step of an objective, a pure function to be jitted with its shardings (sharding.jit).
 
@@ -123,6 +123,7 @@ def make_step(
       microbatches: gradient accumulation within an update.
       epochs: passes over the batch.
       minibatches: updates per pass; with more than one, rows are shuffled anew in each pass, groups that share a prompt as one.
+      critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it).
     """
 
     def update(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
@@ -130,7 +131,8 @@ def make_step(
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.DROPOUT), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows.count(batch)))
         grads, metrics = gradients(objective, nets, batch, keys, microbatches)
-        updates, opt_state = _finite_update(optimizer, grads, state)
+        extra = {"held": state.batch_index < critic_only} if critic_only else {}
+        updates, opt_state = _finite_update(optimizer, grads, state, **extra)
         applied = state.step - state.opt_state.total_notfinite
         one = jnp.float32(1.0)
         metrics |= {
@@ -153,6 +155,7 @@ def make_step(
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches)
+        age = {"rollout/staleness": Mean.of(state.batch_index - batch.version, batch.real)} if isinstance(batch, Rollout) else {}
         batch = fill_reference(nets, rows.divisible(batch, microbatches * minibatches))
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
         batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
@@ -165,6 +168,6 @@ def make_step(
         state = state.replace(carry=jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, old_carry))
         # In a row, at the end of this batch: what stops a run (config.run.max_nonfinite).
         metrics["optimizer/nonfinite_run"] = Mean(state.opt_state.notfinite_count.astype(jnp.float32), jnp.float32(1.0))
-        return state.replace(batch_index=state.batch_index + 1), {**prepared, **metrics}
+        return state.replace(batch_index=state.batch_index + 1), {**age, **prepared, **settled(metrics)}
 
     return step

@@ -184,7 +184,7 @@ def test_the_correction_of_the_trainers_own_samples_is_exactly_one(kind):
         np.testing.assert_array_equal(with_[0].old_logps, without[0].old_logps)
     metrics = {k: float(m.compute()) for k, m in with_[2].items() if "correction" in k or "gap" in k}
     assert metrics == {"policy/correction_mean": 1.0, "policy/correction_max": 1.0, "policy/correction_frac": 0.0,
-                       "rollout/logp_gap_mean": 0.0, "rollout/logp_gap_max": 0.0}
+                       "rollout/logp_gap_mean": 0.0, "rollout/logp_gap_p99": 0.0, "rollout/logp_gap_max": 0.0}
 
 
 def test_a_masked_correction_takes_the_whole_row_out():
@@ -277,9 +277,9 @@ def test_vespos_kernel():
 
 def test_rloo_clips_the_whole_sequence():
     x, mask = jnp.log(jnp.array([[1.15, 1.15], [1.15, 1.0]])), jnp.ones((2, 2), bool)
-    losses, clipped = rloo.rloo_loss(x, jnp.ones((2, 2)), mask, clip_low=0.2, clip_high=0.2, dual_clip=INF)
+    losses, (below, above) = rloo.rloo_loss(x, jnp.ones((2, 2)), mask, clip_low=0.2, clip_high=0.2, dual_clip=INF)
     np.testing.assert_allclose(losses, [-1.2, -1.15], rtol=1e-6)
-    assert clipped.tolist() == [True, False]
+    assert above.tolist() == [True, False] and not below.any()
 
 
 def test_rows_left_behind_give_no_gradient_where_the_advantage_is_negative():
@@ -315,3 +315,38 @@ def test_an_unknown_name_is_refused_with_the_legal_ones(key, value):
 def test_wrong_shapes_are_refused(call):
     with pytest.raises(AssertionError):
         call()
+
+
+# --- metrics, by hand ---
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_metrics_of_a_batch_by_hand(name):
+    """The gap, both directions of the KL and the ratio's tail, from the log-probs that the tables give."""
+    fake, batch = rolled()
+    old, ref, mask = (np.asarray(x) for x in (fake.policy(batch.seqs).logps, batch.seqs.ref_logps, loss_tokens(batch.seqs)))
+    gaps = np.linspace(-0.3, 0.2, mask.size).reshape(mask.shape).astype(np.float32)
+    bound = objectives.bind({"name": name, **objectives.load(name).DEFAULTS, **({"beta": 0.1} if name == "grpo" else {})})
+    sampled = batch.replace(sampler_logps=jnp.asarray(old) - 5.0, plain_logps=jnp.asarray(old + gaps))  # a filter's 5 nats do not count
+    prepared, _, metrics = tabular.prepare(bound, fake, sampled)
+    x = np.where(mask, old - ref, 0.0)
+    rows = np.asarray(batch.real)
+    read = {key: float(m.compute()) for key, m in metrics.items()}
+    assert read["objective/kl"] == pytest.approx(x.sum(-1)[rows].mean(), rel=1e-4)
+    assert read["objective/kl_from_reference"] == pytest.approx((1 - np.exp(-x) * (1 + x)).sum(-1)[rows].mean(), rel=1e-4)
+    own = np.sort(np.abs(gaps)[mask])
+    assert read["rollout/logp_gap_mean"] == pytest.approx(own.mean(), rel=1e-4) and read["rollout/logp_gap_max"] == pytest.approx(own[-1], rel=1e-5)
+    assert own[-1] <= read["rollout/logp_gap_p99"] <= 1.08 * own[-1]  # fewer than 100 tokens: the largest is the 99th percentile
+
+    point = moved(fake, np.random.default_rng(1))
+    _, metrics = tabular.loss(bound, point, prepared)
+    new = np.asarray(point.policy(batch.seqs).logps)
+    largest = (new - old)[np.asarray(loss_tokens(prepared.seqs))].max()
+    assert largest > 0.1
+    for key in ("policy/ratio_max", "policy/ratio_p99"):
+        assert np.exp(largest) * (1 - 1e-5) <= float(metrics[key].compute()) <= np.exp(1.08 * largest)
+    ratio, sign, mask = np.exp(new - old), np.sign(np.asarray(prepared.advantages)), np.asarray(loss_tokens(prepared.seqs))
+    expected = [((sign < 0) & (ratio < 0.8))[mask].mean(), ((sign > 0) & (ratio > 1.2))[mask].mean()]
+    assert max(expected) > 0
+    assert [float(metrics[f"policy/clip_frac_{side}"].compute()) for side in ("low", "high")] == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["policy/clip_frac"].compute()) == pytest.approx(sum(expected), rel=1e-5)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.kl import ESTIMATORS, MAX_LOG_RATIO, exp_ratio, k1, k2, k3
+from rlhf_jax.ops.kl import ESTIMATORS, MAX_LOG_RATIO, exp_ratio, from_reference, k1, k2, k3
 from tests.reference import maths
 
 X = np.array([-50.0, -3.0, -1e-3, 0.0, 1e-6, 1e-3, 0.7, 3.0, 50.0])
@@ -24,6 +24,15 @@ def test_k3_is_never_negative_and_has_finite_gradients():
     assert np.isfinite(k3(x)).all() and np.isfinite(jax.vmap(jax.grad(k3))(x)).all()
     inside = X[np.abs(X) > 1e-4]
     np.testing.assert_allclose(jax.vmap(jax.grad(k3))(jnp.asarray(inside, jnp.float32)), 1 - np.exp(-inside), rtol=1e-4)
+
+
+def test_the_other_direction_by_hand():
+    """1 − e⁻ˣ (1 + x): small ones are x²/2, and none is negative or infinite."""
+    x = jnp.asarray([0.0, np.log(2.0), -np.log(2.0), 1e-2, -200.0, 200.0], jnp.float32)
+    got = from_reference(x)
+    np.testing.assert_allclose(got[:4], [0.0, 0.5 - 0.5 * np.log(2.0), 2.0 * np.log(2.0) - 1.0, 1 - np.exp(-0.01) * 1.01], rtol=1e-4)
+    assert np.isfinite(got).all() and (got >= 0).all() and float(got[5]) == 1.0
+    assert (from_reference(jnp.linspace(-1e-3, 1e-3, 999)) >= 0).all()
 
 
 def test_exp_ratio_saturates():
@@ -54,6 +63,7 @@ def test_expectations_and_gradients_against_the_exact_kl(seed):
     close = {"rtol": 1e-3, "atol": 1e-5}
     np.testing.assert_allclose(_expected(k1, z, ref), _kl(z, ref), **close)
     np.testing.assert_allclose(_expected(k3, z, ref), _kl(z, ref), **close)
+    np.testing.assert_allclose(_expected(from_reference, z, ref), _kl(ref, z), **close)
     assert abs(float(_expected(k2, z, ref) - _kl(z, ref))) > 1e-2  # biased in value
     np.testing.assert_allclose(jax.grad(_expected, 1)(k1, z, ref), np.zeros(6), atol=1e-6)
     np.testing.assert_allclose(jax.grad(_expected, 1)(k2, z, ref), exact, **close)
@@ -83,7 +93,7 @@ def test_in_the_reward_k1_has_the_gradient_of_the_kl_and_the_others_have_not():
         np.testing.assert_allclose(weighted[name], exact, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("f", [k1, k2, k3, exp_ratio])
+@pytest.mark.parametrize("f", [k1, k2, k3, exp_ratio, from_reference])
 def test_wrong_types_are_refused(f):
     with pytest.raises(AssertionError):
         f(jnp.ones(3, jnp.int32))

@@ -41,6 +41,7 @@ def test_four_corners_by_hand():
     x, advantages = jnp.log(jnp.array([2.0, 2.0, 0.5, 0.5])), jnp.array([1.0, -1.0, 1.0, -1.0])
     np.testing.assert_allclose(pg.clipped_surrogate(x, advantages, **CLIP), [-1.3, 2.0, -0.5, 0.8], rtol=1e-6)
     np.testing.assert_array_equal(pg.surrogate_is_clipped(x, advantages, **CLIP), [True, False, False, True])
+    np.testing.assert_array_equal(pg.clipped_sides(x, advantages, **CLIP), [[False, False, False, True], [True, False, False, False]])
 
 
 def test_dual_clipping_bounds_what_a_negative_advantage_can_cost():
@@ -49,6 +50,7 @@ def test_dual_clipping_bounds_what_a_negative_advantage_can_cost():
     np.testing.assert_allclose(f(x), [6.0, -2.6, 4.0, 1.6], rtol=1e-6)  # dual_clip · |A|; PPO's; PPO's; PPO's
     np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(x), [0.0, 0.0, 4.0, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(pg.surrogate_is_clipped(x, advantages, **CLIP, dual_clip=3.0), [True, True, False, True])
+    np.testing.assert_array_equal(pg.clipped_sides(x, advantages, **CLIP, dual_clip=3.0)[0], [False, False, False, True])
     unclipped = pg.clipped_surrogate(x, advantages, clip_low=1.0, clip_high=np.inf, dual_clip=3.0)
     np.testing.assert_allclose(unclipped, [6.0, -18.0, 4.0, 1.0], rtol=1e-6)  # a positive advantage is not touched
     rng = np.random.default_rng(0)
