@@ -19,6 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
         overlong_length=512, overlong_buffer=102,  # tokens: sampling.max_new_tokens and a fifth of it
         mask_truncated=True, filter_groups=True,
     )
+    c.schedule.refill = 9  # rounds of further prompts in the place of groups of equal scores; the paper's go on until the batch is full
     c.run.update(minibatches=4)  # updates per rollout; 16 in the paper
     if arg == "tiny":  # eight tokens of a fresh model rarely end
         c.objective.update(mask_truncated=False, overlong_length=8, overlong_buffer=2)

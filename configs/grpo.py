@@ -98,6 +98,13 @@ def get_config(arg: str = "") -> ConfigDict:
         cache="same",  # precision of the sampler's keys and values: same (as compute_dtype) | bfloat16 | int8
         slots=0,  # rows decoded at once, those that have ended replaced by others of the batch; 0 = all of the batch
     ))
+    c.schedule = ConfigDict(dict(  # all zeros: synchronous; rlhf_jax/train/schedule.py
+        ahead=0,  # iterations between the weights that draw a rollout and the update that trains on it
+        refill=0,  # further rounds of sampling, at most, in the place of groups of equal scores; 0 = these groups stay
+        replay=0.0, capacity=0,  # share of a batch's rows that are earlier ones; rows that are kept for it
+        refresh=0,  # iterations after which the policy becomes the reference, again and again
+        critic_only=0,  # first iterations, in which the critic trains alone
+    ))
 
     c.optimizer = ConfigDict(dict(
         name="adamw",  # adamw | muon

@@ -108,7 +108,7 @@ def build(phase: str) -> tuple[Callable[[Any], Any], Any]:
     if phase in ONLINE:
         options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "slots": 0, "old_logps": "sampler"}
         rollout = online.make_rollout(spec, options, stop_ids=NEVER_STOP, pad_id=0, group_size=group)
-        step = online.fuse(rollout, lambda p, f, r: (((r.seqs.tokens % 2 == 0) & r.seqs.loss_mask).mean(-1) * 2, {}), step)
+        step = online.fuse(rollout, lambda p, f, r: (r.replace(scores=((r.seqs.tokens % 2 == 0) & r.seqs.loss_mask).mean(-1) * 2), {}), step)
         batch: Any = prompts(16, group)
     else:
         batch = rows(8) if phase == "sft" else Comparisons(seqs=rows(8, 2))

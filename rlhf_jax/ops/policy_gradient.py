@@ -60,6 +60,7 @@ def surrogate_is_clipped(
     Returns:
       Same shape, bool.
     """
+    chex.assert_equal_shape([log_ratio, advantages])
     below, above = clipped_sides(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     return below | above
 

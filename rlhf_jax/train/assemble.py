@@ -26,7 +26,7 @@ from rlhf_jax.models.networks import merge
 from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import PROVENANCE, Source, chat_template, load_source, place
 from rlhf_jax.train import optimizer as optimizers
-from rlhf_jax.train import reward_networks
+from rlhf_jax.train import reward_networks, schedule
 from rlhf_jax.train.config import INHERIT, fresh_model, trained_rows
 from rlhf_jax.train.start import Start
 from rlhf_jax.types import PyTree
@@ -225,14 +225,19 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
                         f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
 
+    if (fresh := config["run"]["batch_size"] - schedule.replayed_rows(config)) % sharding.row_devices(mesh):
+        raise UserError(f"config.schedule.replay = {schedule.of(config).replay:g} leaves {fresh} rows to sample, which the "
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+
     configs, loaded = _trained_networks(config, model, init, critic)
     frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh)
     frozen |= reward_networks.placed(rewards, mesh)
     sampled: Mapping[str, Any] = config["sampling"] if online else {"temperature": 1.0, "cache": "same"}
     spec = NetworkSpec(**configs, **frozen_configs, temperature=sampled["temperature"], cache=sampled["cache"])
-    tx, rate = optimizers.build(config["optimizer"], steps * config["run"]["epochs"] * config["run"]["minibatches"])
+    plan, updates = schedule.of(config), config["run"]["epochs"] * config["run"]["minibatches"]
+    tx, rate = optimizers.build(config["optimizer"], steps * updates, critic_first=plan.critic_only > 0)
     start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen)
-    frozen |= start.frozen(reference_is_start=config["reference_from"] == "init")
+    frozen |= start.frozen(reference_is_start=config["reference_from"] == "init" and not plan.refresh)
     return Experiment(
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
         train_data=train_data, valid_data=valid_data, ptx_data=ptx_data, frozen=frozen, start=start, reward=reward, rewards=rewards,
@@ -278,7 +283,7 @@ def datasets(config: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemp
         overlong=section["overlong"], **shared,
     )
     group = config["sampling"]["group_size"] if section["kind"] == "prompt" else 1
-    train = open_one(path=section["train"], pack=section["pack"], group_size=group)
+    train = open_one(path=section["train"], pack=section["pack"], group_size=group, batch_size=shared["batch_size"] - schedule.replayed_rows(config))
     valid = open_one(path=section["valid"], pack=False, group_size=1) if section["valid"] else None
     ptx = None
     if second is not None:

@@ -20,7 +20,7 @@ from rlhf_jax.models.cache import KINDS as CACHES
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import entries
 from rlhf_jax.sampling import filters
-from rlhf_jax.train import optimizer
+from rlhf_jax.train import optimizer, schedule
 from rlhf_jax.types import Comparisons, Labelled, Rollout, Sequences, Unpaired
 
 
@@ -90,6 +90,9 @@ ONLINE: dict[str, Any] = {
         "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
         "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence, "cache": CACHES, "slots": COUNT,
         "old_logps": ("trainer", "sampler"),
+    },
+    "schedule": {  # what each means: train.schedule
+        "ahead": COUNT, "refill": COUNT, "replay": Number(float, 0.0, 1.0 - 1e-9), "capacity": COUNT, "refresh": COUNT, "critic_only": COUNT,
     },
 }
 OFFLINE: dict[str, Any] = {"reference_from": str}
@@ -175,6 +178,8 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
             raise UserError(f"config.{key} = {pattern!r} is not a regular expression: {error}") from error
     _check_run(c, model, objective, online)
     _check_needs(c, objective, online)
+    if online:
+        schedule.check(c, objective)
     _check_files(c)
     return c, objective
 

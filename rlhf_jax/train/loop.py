@@ -24,6 +24,7 @@ from rlhf_jax.data.prefetch import Prefetcher
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import layout
 from rlhf_jax.train import metrics as run_log
+from rlhf_jax.train import schedule
 from rlhf_jax.train.assemble import Experiment, assemble, full_params
 from rlhf_jax.train.config import check
 from rlhf_jax.train.optimizer import evaluation_params
@@ -69,18 +70,20 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
     _write_start(folder, exp)
     with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
                                  keep=checked["checkpoint"]["keep"]) as saver:
-        state, start = restore(exp, saver)
+        state, start = restore(exp, saver, programs)
         run_log.cut_back(folder, start)
         _cut_samples(folder, start)
-        return _Run(exp, programs, folder, saver, profile).go(state, start)
+        with contextlib.closing(programs):
+            return _Run(exp, programs, folder, saver, profile).go(state, start)
 
 
-def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState, int]:
-    """The newest intact checkpoint's state and batch, or the first state and 0."""
-    abstract = exp.start.abstract
+def restore(exp: Experiment, saver: checkpoint.Checkpointer, programs: Programs | None = None) -> tuple[TrainState, int]:
+    """The newest intact checkpoint's state and batch, or the first state and 0; `programs` know what a schedule keeps between iterations."""
+    abstract = programs.abstract() if programs is not None else exp.start.abstract
     found = saver.restore_latest(saved_items(exp, abstract))
     if found is None:
-        return exp.start.state(), 0
+        first = exp.start.state()
+        return first if programs is None else programs.begin(first), 0
     step, items, meta = found
     reads_init = "base" in exp.frozen or exp.config["reference_from"] == "init"  # networks that do not train are not in a checkpoint
     if reads_init and (began := meta.get("init_fingerprint")) and began != exp.provenance.get("init_fingerprint"):
@@ -90,7 +93,7 @@ def restore(exp: Experiment, saver: checkpoint.Checkpointer) -> tuple[TrainState
     state = items["rest"].replace(params=trained)
     if any(c is not None and c.unit for c in (exp.spec.policy, exp.spec.reward, exp.spec.critic)):
         runtime = functools.partial(layout.like, running=abstract)
-        state = sharding.jit(runtime, exp.mesh, out_shardings=exp.start.shardings)(state)
+        state = sharding.jit(runtime, exp.mesh, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(state)
     return state, step
 
 
@@ -133,15 +136,17 @@ class _Run:
         fetch = lambda index: distributed.to_global(exp.batch(index), where)  # noqa: E731
         wandb = {"project": log["wandb"], "name": self.folder.name} if log["wandb"] else None
         stopped = "early" if self._exhausted() else "finished"
-        step = start
+        step, end = start, start if stopped == "early" else exp.steps
+        # Past the last iteration nothing is drawn; how many prompts a refilled batch takes nobody knows before.
+        drawn, last = self.programs.drawn(state, start), None if schedule.of(exp.config).refill else end
         with (
             run_log.MetricsLog(self.folder, start_step=start, total_steps=exp.steps, every=log["every"],
                                tensorboard=log["tensorboard"], wandb=wandb, console=distributed.is_lead()) as self.log,
-            Prefetcher(fetch, start, start if stopped == "early" else exp.steps, 2) as batches,
+            Prefetcher(fetch, drawn, last, 2) as batches,
         ):
-            for step, batch in enumerate(batches, start + 1):
+            for step in range(start + 1, end + 1):
                 with self._traced(step - start):
-                    state, metrics, rolled = self.programs.advance(state, batch)
+                    state, metrics, rolled = self.programs.advance(state, batches)
                 self._watch(self.log.write(step, metrics))
                 self._sample(step, rolled)
                 if self.programs.compilations() > 1:
@@ -202,12 +207,13 @@ class _Run:
         log = self.exp.config["log"]
         if self.samples is not None and distributed.is_lead():
             at, previous, failures = self.samples
-            rows, scores = [], None
+            rows, scores, components = [], None, None
             if previous is not None:
                 rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
-                scores = np.asarray(jax.device_get(previous.scores))[: log["samples"]] if previous.scores is not None else None
+                scores, components = (None if x is None else np.asarray(jax.device_get(x))[: log["samples"]]
+                                      for x in (previous.scores, previous.components))
             with (self.folder / "samples.jsonl").open("ab") as file:
-                for row in failed_samples(failures, rows, scores):
+                for row in failed_samples(failures, rows, scores, components, self.programs.labels):
                     file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
         failures = self.programs.failures if rolled is not None else []
         due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)

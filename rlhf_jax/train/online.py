@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 
 from rlhf_jax import sampling
 from rlhf_jax.models import Networks, NetworkSpec
@@ -56,15 +58,15 @@ def make_rollout(
 
 
 def make_score(spec: NetworkSpec, mean: float, std: float) -> Stage:
-    """`(params, frozen, rollout) -> ([B], {})`, the frozen reward model's score of each row, (score − mean) / std.
+    """`(params, frozen, rollout) -> (rollout, {})` with the frozen reward model's score of each row, (score − mean) / std.
 
     Args:
       spec: the networks' static part.
       mean, std: of the reward model over its reference set; 0 and 1 leave the score as it is.
     """
 
-    def score(params: PyTree, frozen: PyTree, rollout: Rollout) -> tuple[Array, dict[str, Mean]]:
-        return learned.normalise(learned.score(Networks(params, frozen, spec), rollout), mean, std), {}
+    def score(params: PyTree, frozen: PyTree, rollout: Rollout) -> tuple[Rollout, dict[str, Mean]]:
+        return rollout.replace(scores=learned.normalise(learned.score(Networks(params, frozen, spec), rollout), mean, std)), {}
 
     return score
 
@@ -74,7 +76,7 @@ def fuse(rollout: Stage, score: Stage | None, step: Stage) -> Callable[[TrainSta
 
     Args:
       rollout: from make_rollout.
-      score: `(params, frozen, rollout) -> ([B], metrics)`, pure JAX; None for an objective that reads no score.
+      score: `(params, frozen, rollout) -> (rollout with scores, metrics)`, pure JAX; None for an objective that reads no score.
       step: from train.step.make_step.
     """
 
@@ -82,10 +84,27 @@ def fuse(rollout: Stage, score: Stage | None, step: Stage) -> Callable[[TrainSta
         rolled = rollout(state.params, frozen, prompts, state.key, state.batch_index)
         found: dict[str, Mean] = {}
         if score is not None:
-            scores, found = score(state.params, frozen, rolled)
-            chex.assert_equal_shape([scores, rolled.truncated])
-            rolled = rolled.replace(scores=scores)
+            rolled, found = score(state.params, frozen, rolled)
+            chex.assert_equal_shape([rolled.scores, rolled.truncated])
         state, metrics = step(state, frozen, rolled)
         return state, {**metrics, **found}, rolled
 
     return iteration
+
+
+def refreshed(step: Stage, every: int) -> Stage:
+    """`step`, or a whole iteration, against a reference that the policy becomes after every so many batches: `state.online.reference`.
+
+    Args:
+      step: `(state, frozen, batch) -> (state, …)`.
+      every: batches, ≥ 1.
+    """
+
+    def moved(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[Any, ...]:
+        chex.assert_rank(state.batch_index, 0)
+        after, *rest = step(state.replace(online=None), {**frozen, "ref": state.online.reference}, batch)
+        due = after.batch_index % every == 0
+        reference = jax.tree.map(lambda old, new: jnp.where(due, new, old), state.online.reference, after.params["policy"])
+        return after.replace(online=state.online.replace(reference=reference)), *rest
+
+    return moved

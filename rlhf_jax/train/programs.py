@@ -1,14 +1,15 @@
 """The compiled programs of a run: one that advances the state by a batch, one that validates, one that reads reward scores.
 
-Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward: rollout and step
-apart, the reward between (train.rewarding). All have the same signature, `(state, batch) -> (state, metrics, rollout | None)`.
+Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward, or with a schedule that
+keeps rollouts waiting: rollout and step apart, what lies between in train.rollouts. All have the same signature,
+`(state, batches) -> (state, metrics, rollout | None)`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ from rlhf_jax import distributed, sampling, sharding
 from rlhf_jax.models import Networks
 from rlhf_jax.ops import masking
 from rlhf_jax.rewards import learned
-from rlhf_jax.train import online
+from rlhf_jax.train import online, schedule
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.rewarding import Rewards
+from rlhf_jax.train.rollouts import Online, Rollouts
 from rlhf_jax.train.step import fill_reference, make_step
 from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState, settled
 
@@ -35,17 +37,16 @@ class Programs:
 
     def __init__(self, exp: Experiment) -> None:
         self.exp = exp
-        run = exp.config["run"]
-        step = make_step(
+        run, plan = exp.config["run"], schedule.of(exp.config)
+        step: Callable[..., Any] = make_step(
             exp.objective, exp.spec, exp.optimizer, exp.rate, microbatches=run["microbatches"], epochs=run["epochs"],
-            minibatches=run["minibatches"],
+            minibatches=run["minibatches"], critic_only=plan.critic_only,
         )
         self._traces = 0
         self._rewards: Rewards | None = None
-        jit_state = functools.partial(sharding.jit, mesh=exp.mesh, donate=(0,))
-        if not exp.online:
-            self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
-        else:
+        self.rollouts: Rollouts | None = None
+        shardings = exp.start.shardings
+        if exp.online:
             options = exp.config["sampling"]
             assert exp.spec.policy is not None
             filters = sampling.filters.build(options["filters"], options["stop_strings"], tokenizer=exp.tokenizer,
@@ -57,34 +58,57 @@ class Programs:
             parts = run["microbatches"] * run["minibatches"] * sharding.row_devices(exp.mesh)
             forked = run["batch_size"] // options["group_size"] % parts == 0
             contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"], forked=forked)
-            self._rollout = sharding.jit(contested, exp.mesh)
             self._rewards = Rewards(exp) if exp.scored else None
+            self.rollouts = Rollouts(exp, contested, self._rewards)
             if self._fused:
-                fused = online.fuse(contested, self._rewards.score if self._rewards else None, step)
-                self._step = jit_state(self._counted(fused), out_shardings=(exp.start.shardings, None, None))
-            else:
-                self._step = jit_state(self._counted(step), out_shardings=(exp.start.shardings, None))
+                step = online.fuse(contested, self._rewards.score if self._rewards else None, step)
+            if plan.refresh:
+                step = online.refreshed(step, plan.refresh)
+                shardings = shardings.replace(online=Online(reference=shardings.params["policy"]))
+        out = (shardings, None, None) if self._fused else (shardings, None)
+        self._step = sharding.jit(self._counted(step), exp.mesh, donate=(0,), out_shardings=out)
 
-    def advance(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
-        """One batch: an update, or a whole RL iteration. `state`'s buffers are donated."""
+    def advance(self, state: TrainState, batches: Iterator[PyTree]) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
+        """One batch, or a whole RL iteration, which takes as many batches of prompts as its schedule says. `state`'s buffers are donated."""
         frozen = self.exp.frozen
-        if not self.exp.online:
-            state, metrics = self._step(state, frozen, batch)
+        if self.rollouts is None:
+            state, metrics = self._step(state, frozen, next(batches))
             return state, metrics, None
         if self._fused:
-            return self._step(state, frozen, batch)
-        rolled = self._rollout(state.params, frozen, batch, state.key, state.batch_index)
-        found: dict[str, Mean] = {}
-        if self._rewards is not None:
-            scores, found = self._scores(state.params, rolled, self.exp.train_data, validation=False)
-            rolled = rolled.replace(scores=scores)
-        state, metrics = self._step(state, frozen, rolled)
-        return state, {**metrics, **found}, rolled
+            return self._step(state, frozen, next(batches))
+        rolled, found, kept = self.rollouts.take(state, batches)
+        state, metrics = self._step(_for_step(state), frozen, rolled)
+        if kept is not None:
+            state = state.replace(online=kept.replace(reference=state.online.reference if state.online else None))
+        return state, {**metrics, **found}, self.rollouts.fresh
+
+    def begin(self, state: TrainState) -> TrainState:
+        """A run's first state, with what its schedule keeps between iterations."""
+        return state if self.rollouts is None else self.rollouts.begin(state)
+
+    def abstract(self) -> TrainState:
+        """The shapes of the state after any iteration, on their shardings."""
+        state = self.exp.start.abstract
+        return state if self.rollouts is None else state.replace(online=self.rollouts.abstract(state))
+
+    def drawn(self, state: TrainState, iteration: int) -> int:
+        """How many batches were drawn before this iteration: where `advance` goes on."""
+        return iteration if state.online is None or state.online.cursor is None else int(jax.device_get(state.online.cursor))
+
+    def close(self) -> None:
+        """Lets go of what runs beside the devices."""
+        if self.rollouts is not None:
+            self.rollouts.close()
 
     @property
     def failures(self) -> list[dict[str, Any]]:
         """The samples of the last `advance` that a reward function failed on, with the reasons."""
-        return self._rewards.failures if self._rewards is not None else []
+        return self.rollouts.failures if self.rollouts is not None else []
+
+    @property
+    def labels(self) -> list[str]:
+        """Of a rollout's `components`."""
+        return self._rewards.labels if self._rewards is not None else []
 
     def trace(self) -> set[str]:
         """Traces the step and the validation on shapes alone, compiling nothing; the later calls reuse the traces.
@@ -95,26 +119,26 @@ class Programs:
         Raises:
           UserError: whatever the objective or the networks refuse while they are traced.
         """
-        exp, state = self.exp, self.exp.start.abstract
+        exp, state = self.exp, self.abstract()
         where = sharding.row_sharding(exp.mesh)
-        batch = _shapes(exp.batch(0), where)
-        if exp.online and not self._fused:
-            rolled = self._rollout.eval_shape(state.params, exp.frozen, batch, state.key, state.batch_index)
-            if exp.scored:
-                rolled = rolled.replace(scores=jax.ShapeDtypeStruct(rolled.truncated.shape, jnp.float32))
-            batch = jax.tree.map(sharding.placed, rolled, jax.tree.map(lambda _: where, rolled))
-        self._step.eval_shape(state, exp.frozen, batch)
+        batch = self.rollouts.handed_out(state) if self.rollouts is not None and not self._fused else _shapes(exp.batch(0), where)
+        self._step.eval_shape(_for_step(state), exp.frozen, batch)
         if exp.valid_data is None:
             return set()
         if exp.scored:
             return {f"eval/{name}" for name in ONLINE_VALIDATION}
         held_out = _shapes(next(iter(exp.valid_data.eval_batches())), where)
-        found = self._validate.eval_shape(state.params, state.opt_state, state.carry, exp.frozen, state.key, held_out)
+        found = self._validate.eval_shape(state.params, state.opt_state, state.carry, self._frozen(state), state.key, held_out)
         return {f"eval/{name}" for name in found}
 
     @property
     def _fused(self) -> bool:
+        if not self.exp.online or schedule.of(self.exp.config).staged:
+            return False
         return (self._rewards is None or self._rewards.pure) and self.exp.config["fused"]
+
+    def _frozen(self, state: TrainState) -> PyTree:
+        return self.exp.frozen if self.rollouts is None else self.rollouts.frozen(state)
 
     def compilations(self) -> int:
         """How often the train step was traced for compilation; more than once after warm-up is a bug. (The jit's own `_cache_size` counts
@@ -130,17 +154,6 @@ class Programs:
             return fn(*args)
 
         return counted
-
-    def _scores(self, params: PyTree, rolled: Rollout, prompts: Any, *, validation: bool) -> tuple[Array, dict[str, Mean]]:
-        assert self._rewards is not None
-        if self._rewards.pure:
-            return (self._validation_score if validation else self._score)(params, self.exp.frozen, rolled)
-        return self._rewards.measure(self.exp.frozen, rolled, prompts, validation=validation)
-
-    @functools.cached_property
-    def _score(self) -> Any:
-        assert self._rewards is not None
-        return sharding.jit(self._rewards.score, self.exp.mesh)
 
     # --- validation ---
 
@@ -170,7 +183,7 @@ class Programs:
         for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
             found = self._validate_online(state, placed) if self.exp.scored else self._validate(
-                state.params, state.opt_state, state.carry, self.exp.frozen, state.key, placed
+                state.params, state.opt_state, state.carry, self._frozen(state), state.key, placed
             )
             total = {name: total[name].merge(mean) if name in total else mean for name, mean in found.items()}
         return {f"eval/{name}": mean for name, mean in total.items()}
@@ -178,7 +191,10 @@ class Programs:
     def _validate_online(self, state: TrainState, prompts: Prompts) -> dict[str, Mean]:
         params = evaluation_params(state.params, state.opt_state)
         rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
-        scores, _ = self._scores(params, rolled, self.exp.valid_data, validation=True)
+        assert self._rewards is not None
+        rolled, _ = self._rewards.measure(self.exp.frozen, rolled, self.exp.valid_data, validation=True)
+        assert rolled.scores is not None
+        scores = rolled.scores
         length = rolled.seqs.loss_mask.sum(-1)
         masks = (rolled.real & ~jnp.isnan(scores), rolled.real, rolled.real)
         return {name: Mean.of(values, mask) for name, values, mask in zip(ONLINE_VALIDATION, (scores, length, rolled.truncated), masks)}
@@ -186,11 +202,6 @@ class Programs:
     @functools.cached_property
     def _validation_rollout(self) -> Any:
         return sharding.jit(self._held_out_samples, self.exp.mesh)
-
-    @functools.cached_property
-    def _validation_score(self) -> Any:
-        assert self._rewards is not None
-        return sharding.jit(functools.partial(self._rewards.score, validation=True), self.exp.mesh)
 
     def reward_moments(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of a reward model's scores over the validation set's responses, for its checkpoint's meta."""
@@ -215,3 +226,9 @@ def _shapes(batch: PyTree, where: NamedSharding) -> PyTree:
     """This host's rows of a batch as the shapes of the global one."""
     _, hosts = distributed.host()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=where), batch)
+
+
+def _for_step(state: TrainState) -> TrainState:
+    """The state as the update takes it: rollouts in flight and memory stay behind, undonated."""
+    online = state.online
+    return state.replace(online=Online(reference=online.reference) if online is not None and online.reference is not None else None)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -42,6 +42,14 @@ class Column:
     share: Share
     pure: Callable[[PyTree, Rollout], Array] | None = None
     on_host: Callable[[Rows, list[Any]], tuple[np.ndarray, dict[int, str]]] | None = None
+    asks_device: bool = False  # on_host runs programs of its own, which must keep one order on all devices
+
+
+class Reading(NamedTuple):
+    """What the rewards that read text said of a rollout."""
+
+    columns: np.ndarray  # [B, C'] float32
+    failures: Rows  # samples without a reward, each with its `failed`: {label: reason}
 
 
 class Rewards:
@@ -61,29 +69,49 @@ class Rewards:
         self._parts = entries.parse(exp.config["rewards"])
         self._columns = self._build()
         self.pure = all(column.pure is not None for column in self._columns)
-        self.failures: Rows = []  # samples of the last `measure` without a reward, each with its `failed`: {label: reason}
+        self.detached = not any(column.asks_device for column in self._columns)  # `read` runs no program
+        self.failures: Rows = []  # of the last `measure`
 
-    def score(self, params: PyTree, frozen: PyTree, rollout: Rollout, *, validation: bool = False) -> tuple[Array, dict[str, Mean]]:
-        """Scores [B] and metrics, pure JAX; for rewards that are.
+    def score(self, params: PyTree, frozen: PyTree, rollout: Rollout) -> tuple[Rollout, dict[str, Mean]]:
+        """The rollout with its scores, and metrics, pure JAX; for rewards that are.
 
         Args:
           params: what trains; no reward reads it.
           frozen: the run's.
           rollout: [B, T].
-          validation: components are not normalised over the batch.
         """
         chex.assert_rank(rollout.seqs.tokens, 2)
-        raw = jnp.stack([column.pure(frozen, rollout) for column in self._columns if column.pure is not None], axis=-1)
-        return self._combined(raw, rollout.real, validation)
+        scores, components, metrics = self._values(False, frozen, rollout, None)
+        return rollout.replace(scores=scores, components=components), metrics
 
-    def measure(self, frozen: PyTree, rollout: Rollout, prompts: Any, *, validation: bool = False) -> tuple[Array, dict[str, Mean]]:
-        """The same where some read text: waits for the samples.
+    def measure(
+        self, frozen: PyTree, rollout: Rollout, prompts: Any, *, validation: bool = False, reading: Reading | None = None
+    ) -> tuple[Rollout, dict[str, Mean]]:
+        """The same in a program of its own; where some read text, it waits for the samples.
 
         Args:
           frozen: the run's.
           rollout: [B, T], on the mesh.
           prompts: the set that the rollout's prompt ids belong to.
-          validation: as for `score`; failures are not kept for the log.
+          validation: components are not normalised over the batch, and failures are not kept for the log.
+          reading: what `read` made of the rollout, if it has been called.
+        """
+        chex.assert_rank(rollout.seqs.tokens, 2)
+        columns = None
+        if not self.pure:
+            reading = reading or self.read(rollout, prompts)
+            if not validation:
+                self.failures = reading.failures
+            columns = distributed.to_global(reading.columns, sharding.row_sharding(self._exp.mesh))
+        scores, components, metrics = self._jitted(validation)(frozen, rollout, columns)
+        return rollout.replace(scores=scores, components=components), metrics
+
+    def read(self, rollout: Rollout, prompts: Any) -> Reading:
+        """What the rewards that read text say of a rollout; waits for it. Where `detached`, it may run in another thread.
+
+        Args:
+          rollout: [B, T].
+          prompts: the set that the rollout's prompt ids belong to.
         """
         chex.assert_rank(rollout.seqs.tokens, 2)
         rows = completions(self._exp, rollout, prompts)
@@ -96,27 +124,39 @@ class Rewards:
                 read.append(values)
                 for row, reason in failed.items():
                     reasons.setdefault(row, {})[column.share.label] = reason
-        if not validation:
-            self.failures = [{**rows[row], "row": row, "failed": why} for row, why in sorted(reasons.items())]
-        columns = distributed.to_global(np.stack(read, axis=-1).astype(np.float32), sharding.row_sharding(self._exp.mesh))
-        return self._assembled(validation)(frozen, rollout, columns)
+        failures = [{**rows[row], "row": row, "failed": why} for row, why in sorted(reasons.items())]
+        return Reading(np.stack(read, axis=-1).astype(np.float32), failures)
 
     @functools.cache  # noqa: B019  one object a run
-    def _assembled(self, validation: bool) -> Any:
-        def whole(frozen: PyTree, rollout: Rollout, read: Array) -> tuple[Array, dict[str, Mean]]:
-            given = iter(jnp.moveaxis(read, -1, 0))
-            raw = [column.pure(frozen, rollout) if column.pure is not None else next(given) for column in self._columns]
-            return self._combined(jnp.stack(raw, axis=-1), rollout.real, validation)
+    def _jitted(self, validation: bool) -> Any:
+        return sharding.jit(functools.partial(self._values, validation), self._exp.mesh)
 
-        return sharding.jit(whole, self._exp.mesh)
-
-    def _combined(self, raw: Array, real: Array, validation: bool) -> tuple[Array, dict[str, Mean]]:
+    def _values(self, validation: bool, frozen: PyTree, rollout: Rollout, read: Array | None) -> tuple[Array, Array | None, dict[str, Mean]]:
+        """Scores [B]; the components as they were given [B, C], where config.rewards lists them; metrics."""
+        given = iter(() if read is None else jnp.moveaxis(read, -1, 0))
+        raw = jnp.stack([next(given) if column.pure is None else column.pure(frozen, rollout) for column in self._columns], axis=-1)
         shares = [column.share for column in self._columns]
-        scores, metrics = combine(raw, real, shares, default=self._default, batch_moments=not validation)
+        scores, metrics = combine(raw, rollout.real, shares, default=self._default, batch_moments=not validation)
         if self._parts:
-            return scores, metrics
+            return scores, raw, metrics
         # The short form has one component, which objective/score shows.
-        return scores, {"reward/failed": metrics["reward/failed"]} if self._exp.config["reward_fn"] else {}
+        return scores, None, {"reward/failed": metrics["reward/failed"]} if self._exp.config["reward_fn"] else {}
+
+    def shapes(self, rolled: Rollout) -> Rollout:
+        """A rollout's shapes with those of its scores.
+
+        Args:
+          rolled: shapes, or arrays.
+        """
+        chex.assert_rank(rolled.truncated, 1)
+        rows = rolled.truncated.shape
+        components = jax.ShapeDtypeStruct((*rows, len(self._columns)), jnp.float32) if self._parts else None
+        return rolled.replace(scores=jax.ShapeDtypeStruct(rows, jnp.float32), components=components)
+
+    @property
+    def labels(self) -> list[str]:
+        """Of `Rollout.components`."""
+        return [column.share.label for column in self._columns]
 
     def _build(self) -> list[Column]:
         config = self._exp.config
@@ -129,7 +169,7 @@ class Rewards:
             score = online.make_score(self._exp.spec, mean, std)
             tree = lambda frozen: frozen["reward"]  # noqa: E731
             return [self._learned(Share("score"), self._exp.reward, self._exp.spec, "config.reward_from", tree,
-                                  lambda frozen, rollout: score({}, frozen, rollout)[0], (mean, std))]
+                                  lambda frozen, rollout: score({}, frozen, rollout)[0].scores, (mean, std))]
         return [self._column(entry) for entry in self._parts]
 
     def _column(self, entry: entries.Entry) -> Column:
@@ -172,7 +212,7 @@ class Rewards:
         def on_host(rows: Rows, references: list[Any]) -> tuple[np.ndarray, dict[int, str]]:
             return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows]), {}
 
-        return Column(share, on_host=on_host)
+        return Column(share, on_host=on_host, asks_device=True)
 
     def _function(self, function: host.RewardFn, key: str, *, each: bool) -> Callable[[Rows, list[Any]], tuple[np.ndarray, dict[int, str]]]:
         """A function on the real rows; 0 on filler rows."""
@@ -221,20 +261,29 @@ def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | Non
     ]
 
 
-def failed_samples(failures: Rows, rows: Rows, scores: np.ndarray | None) -> list[Mapping[str, Any]]:
+def failed_samples(
+    failures: Rows, rows: Rows, scores: np.ndarray | None, components: np.ndarray | None = None, labels: Sequence[str] = ()
+) -> list[Mapping[str, Any]]:
     """Samples for the log: `rows`, those that failed with the reason, and after them others that failed, LOGGED of them at most.
 
     Args:
       failures: `Rewards.failures` of the iteration.
       rows: the first rows of the rollout.
       scores: of these rows, NaN where there is none; None without a reward.
+      components: [B, C], each reward as it was given, not finite where it failed; None: not logged.
+      labels: C.
     """
     reasons = {failure["row"]: failure["failed"] for failure in failures}
     found: list[Mapping[str, Any]] = []
     for number, row in enumerate(rows):
-        score = {} if scores is None else {"score": None if np.isnan(scores[number]) else round(float(scores[number]), 6)}
-        found.append({**row, **score, **({"failed": reasons[number]} if number in reasons else {})})
+        score = {} if scores is None else {"score": _said(scores[number])}
+        parts = {} if components is None else {"rewards": {label: _said(value) for label, value in zip(labels, components[number], strict=True)}}
+        found.append({**row, **score, **parts, **({"failed": reasons[number]} if number in reasons else {})})
     for failure in failures[:LOGGED]:
         if failure["row"] >= len(rows):
             found.append({key: value for key, value in failure.items() if key != "row"})
     return found
+
+
+def _said(value: Any) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None

@@ -30,7 +30,10 @@ RUNS: dict[str, tuple[str, Mapping[str, Any]]] = {
 
 
 RUNS["ppo_ptx"] = ("ppo_ptx", RUNS["ppo"][1])
-for _name in ("ppo_ptx", "sft", "reward", "dpo", "ppo", "grpo"):
+_AHEAD = {"objective.correction": "token_truncate", "schedule.ahead": 2, "schedule.refresh": 4}
+RUNS["ahead"] = ("grpo", {**RUNS["grpo"][1], **_AHEAD, "schedule.replay": 0.5, "schedule.capacity": 8})
+RUNS["refill"] = ("dapo", {**RUNS["grpo"][1], **_AHEAD, "schedule.ahead": 1, "schedule.refresh": 0, "schedule.refill": 2})
+for _name in ("ppo_ptx", "sft", "reward", "dpo", "ppo", "grpo", "ahead", "refill"):
     _config, _changes = RUNS[_name]
     RUNS[f"uneven_{_name}"] = (_config, {**UNEVEN, **_changes})
 

@@ -20,9 +20,10 @@ from tests.train.conftest import command
 from tests.train.killed import POINTS, before
 from tests.train.runs import ROOT, arguments, outcome, rows, steps, tiny
 
-# Packed rows, pairs, pairs with a reference, fused, with the host between, with a second data set.
-NAMES = ["sft", "reward", "dpo", "ppo", "grpo", "ppo_ptx"]
-ONLINE = ("ppo", "grpo", "ppo_ptx")
+# Packed rows, pairs, pairs with a reference, fused, with the host between, with a second data set; with rollouts in flight, a memory and a moved
+# reference, with a cursor of its own.
+NAMES = ["sft", "reward", "dpo", "ppo", "grpo", "ppo_ptx", "ahead", "refill"]
+ONLINE = ("ppo", "grpo", "ppo_ptx", "ahead", "refill")
 
 
 class Crash(Exception):
@@ -163,7 +164,7 @@ def test_killed_again_and_again(name: str, seed: int, finished: Any, tmp_path: p
     chance = random.Random(f"{name} {seed}")
     moments = ["training", "saving", "validation", "logging"]
     moments += ["sampling"] if name in ONLINE else []
-    moments += ["rewarding"] if name == "grpo" else []
+    moments += ["rewarding"] if name in ("grpo", "ahead", "refill") else []
     chance.shuffle(moments)
     for point in moments:
         # Each moment comes at least once in what is left of the run, as long as the last step is not saved.
