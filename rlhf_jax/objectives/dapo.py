@@ -6,8 +6,8 @@
 Use: long reasoning with verifiable rewards, where GRPO's entropy collapses and its length grows without end.
 See: Yu et al. 2025, eq. 8 to 13 (arXiv:2503.14476).
 Deviation: groups of equal scores are left out and counted; config.schedule.refill samples other prompts in their place, for as many rounds as it
-says (9 in configs/dapo.py) and not without end. TRL keeps those groups' tokens in the denominator. overlong_length is the budget of configs/dapo.py and the buffer a fifth of it,
-as the paper's 4096 of 20480 tokens.
+says (9 in configs/dapo.py) and not without end. TRL keeps those groups' tokens in the denominator. overlong_length is the budget of
+configs/dapo.py and the buffer a fifth of it, as the paper's 4096 of 20480 tokens.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from rlhf_jax.files import write_whole
-from rlhf_jax.report import curves
+from rlhf_jax.report import curves, samples
 from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES, validate
 
 _TEMPLATE = pathlib.Path(__file__).with_name("page.html.jinja")
@@ -52,6 +52,7 @@ def render(results: dict[str, Any], runs: Mapping[str, str | os.PathLike]) -> st
         wins=curves.win_rates(aligned) if aligned else None,
         frontier=curves.frontier(policies) if policies else None,
         curves={task: picture for task, picture in drawn.items() if picture},
+        said={name: found for name, workdir in runs.items() if (found := samples.sampled(workdir))},
         configs={name: _text(config) for name, config in results["configs"].items()},
         versions=results["versions"],
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import html.parser
+import json
 import re
 import xml.etree.ElementTree
 
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import curves
+from rlhf_jax.report import curves, samples
 from rlhf_jax.report.page import headline, render, write_report
 from tests.report import fabricated
 
@@ -152,3 +153,41 @@ def test_a_story_prefers_what_matters_and_repeats_nothing():
 def test_running_mean_by_hand_and_over_gaps():
     assert curves._running_mean([1.0, 2.0, 3.0], 3) == pytest.approx([1.5, 2.0, 2.5])
     assert curves._running_mean([1.0, float("nan"), 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
+
+
+def said(step: int, response: str, **more) -> dict:
+    return {"step": step, "prompt_id": 0, "messages": [{"role": "user", "content": HOSTILE}], "ended": True, "response": response, **more}
+
+
+def write_samples(workdir, lines) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "samples.jsonl").write_bytes("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode() + b'{"step": 9, "mes')
+
+
+def test_what_was_sampled_is_a_table_of_the_last_steps(tmp_path):
+    lines = [said(step, f"answer {step}.{row}", score=0.5) for step in range(1, 7) for row in range(2)]
+    lines += [said(7, HOSTILE, score=None, rewards={"math": None, "form": 0.25}, failed={"math": f"raised {HOSTILE}"})]
+    lines += [{**said(7, "x"), "messages": None}]
+    lines += [{**said(8, "two\nturns\u2028here", score=-1.5, rewards={"math": 1.0, "form": 0.0}), "ended": False,
+               "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]}]
+    write_samples(tmp_path / "ppo", lines)
+    found = samples.sampled(tmp_path / "ppo")
+    assert [row["step"] for row in found["rows"]] == [6, 6, 7, 8] and found["labels"] == ["form", "math"] and found["left_out"] == 0
+    assert found["rows"][-1]["prompt"] == "system: Be brief.\nuser: Why?"
+    results = fabricated.results()
+    page = render(results, {"sort/ppo": tmp_path / "ppo"})
+    elements = Elements(page)
+    assert not any(tag == "script" or "onerror" in attrs for tag, attrs in elements.tags) and HOSTILE in elements.text
+    assert f"raised {HOSTILE}" in elements.text and "-1.500" in elements.text and "0.250" in elements.text and "answer 5" not in page
+    assert "Sampled while training" in page and "Sampled while training" not in render(results, {})
+
+
+def test_the_table_is_bounded_whatever_the_file_holds(tmp_path):
+    write_samples(tmp_path, [said(1, "a" * 100_000, score=1.0, failed={"math": "b" * 9_000}) for _ in range(50)])
+    found = samples.sampled(tmp_path)
+    assert len(found["rows"]) == 6 and found["left_out"] == 44
+    assert all(len(row["response"]) < 1300 and len(row["failed"]["math"]) < 1300 for row in found["rows"])
+    assert "98800 characters" in found["rows"][0]["response"]
+    assert samples.sampled(tmp_path / "nothing") is None
+    (tmp_path / "samples.jsonl").write_text("")
+    assert samples.sampled(tmp_path) is None
