@@ -1,10 +1,11 @@
 """The rollouts of a run whose stages stand apart: drawn by schedule, scored, refilled, mixed with earlier ones, handed to the update.
 
 With `ahead` = k, iteration i first sends off the rollout of iteration i + k, with the weights that it finds, and then trains on its own one, which
-iteration i − k sent off; the first k + 1 have the first weights. So no old weights are kept: what k iterations cost in memory are k rollouts, [B, T]
-numbers each. Devices work through their queue while a thread of its own reads the text of what is sampled already and asks the reward functions,
-rollout by rollout in their order; the update waits for its own scores alone. What is in flight is state, `TrainState.online`: a checkpoint holds
-its tokens, and a run that goes on from it asks the rewards again (so they must be functions of the response, as at ahead = 0).
+iteration i − k sent off; the first k + 1 have the first weights. So no old weights are kept: what k iterations cost in memory are k rollouts, about
+25 bytes a slot each (256 rows of 1536 slots: 10 MB). Devices work through their queue while a thread of its own reads the text of what is sampled
+already and asks the reward functions, rollout by rollout in their order; the update waits for its own scores alone. What is in flight is state,
+`TrainState.online`: a checkpoint holds its tokens, and a run that goes on from it asks the rewards again (so they must be functions of the response,
+as at ahead = 0). A refilled batch is scored when it is sampled, since only scores say what it holds: there, nothing overlaps.
 """
 
 from __future__ import annotations

@@ -190,6 +190,9 @@ def test_networks_and_rules_together(fused: bool, with_rule: bool, finished: Any
     assert line["reward/learned"] == pytest.approx(direct[:, 0].mean(), abs=1e-4)
     assert line["reward/dpo"] == pytest.approx(0.5 * direct[:, 1].mean(), abs=1e-4)
     assert line["reward/failed"] == 0.0 and ("reward/brevity" in line) == with_rule
+    for number, row in enumerate(rows(tmp_path / "run" / "samples.jsonl")):
+        assert list(row["rewards"]) == (["brevity"] if with_rule else []) + ["learned", "dpo"]
+        assert [row["rewards"]["learned"], row["rewards"]["dpo"]] == pytest.approx([direct[number, 0], 0.5 * direct[number, 1]], abs=1e-4)
 
 
 def _kept(seen: list[Any], found: Any) -> Any:

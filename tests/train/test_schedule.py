@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import pathlib
 import threading
 import time
@@ -16,11 +17,10 @@ import pytest
 from rlhf_jax import checkpoint, distributed, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import rules
-from rlhf_jax.train import config as checking
 from rlhf_jax.train import online, schedule
 from rlhf_jax.train.assemble import assemble
 from rlhf_jax.train.config import check
-from rlhf_jax.train.loop import train
+from rlhf_jax.train.loop import restore, train
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.programs import Programs
 from rlhf_jax.train.rewarding import completions
@@ -91,7 +91,7 @@ def slow(config: Any, ahead: int) -> tuple[list[Rollout], dict[str, np.ndarray]]
     return rollouts, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: pathlib.Path, handed_out: list[Rollout]) -> None:
     """The tokens, versions and updates are those of the definition; ahead = 0 is the same loop without old weights."""
     config = tiny("grpo", {**FAST, **WEIGHED, "run.steps": 4, "schedule.ahead": ahead})
@@ -185,8 +185,6 @@ def test_refilled_batches_hold_groups_that_differ(tmp_path: pathlib.Path, import
         assert float(line["rollout/filler_rows"]) == 1 - len(kept) / 4
         assert float(line["rollout/filtered_groups"]) == 0.0
     with checkpoint.Checkpointer(tmp_path / "run" / "checkpoints", every=0, keep=1) as saver:
-        from rlhf_jax.train.loop import restore
-
         state, _ = restore(exp, saver, Programs(exp))
     assert int(state.online.cursor) == drawn == sum(rounds)
 
@@ -201,7 +199,7 @@ def test_replayed_rows_are_weighed_and_counted(tmp_path: pathlib.Path, handed_ou
     assert series(tmp_path, "policy/correction_max")[0] == pytest.approx(1, abs=1e-4) and series(tmp_path, "policy/correction_max")[1] > 1.001
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_reference_becomes_the_policy(fused: bool, finished: Any, tmp_path: pathlib.Path) -> None:
     """After every second iteration: the KL is 0 at first and again then, fused and staged alike."""
     changes = {**FAST, "run.steps": 5, "reward_fn": "", "reward_from": str(finished("reward")), "fused": fused, "schedule.refresh": 2}
@@ -291,15 +289,13 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 def test_what_a_schedule_cannot_do_is_refused(mistake: str) -> None:
     name, changes, said = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
-        checking.check(tiny(name, changes))
+        check(tiny(name, changes))
     assert all(part in str(caught.value) for part in said) and "\n" not in str(caught.value), str(caught.value)
 
 
 def test_an_objective_without_a_correction_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
     with caplog.at_level(logging.WARNING, "absl"):
-        checking.check(tiny("online_dpo", {"schedule.ahead": 1}))
+        check(tiny("online_dpo", {"schedule.ahead": 1}))
     assert "online_dpo has no importance correction" in caplog.text
     assert schedule.of(tiny("online_dpo").to_dict()) == schedule.Schedule()
 
