@@ -19,6 +19,7 @@ from absl import flags
 
 from rlhf_jax.errors import UserError
 
+QUEUE = 8  # prompts in one program, in batches: rows that have ended make room for them
 FLAGS_HELP = {
     "--checkpoint DIR": "what is evaluated: a policy's or a reward model's workdir, its best/ folder, or one step",
     "--data FILE": "prompts (for a policy) or preference pairs (for a reward model) as JSONL",
@@ -94,7 +95,7 @@ def _policy(source: Any) -> dict[str, Any]:
     one_each, several = (
         data.open_dataset(
             "prompt", options.data, source.reader("--checkpoint"), template=source.layout("--checkpoint"), max_length=policy.config.context,
-            prompt_length=policy.config.context - options.max_new_tokens, batch_size=max(options.batch_size // group, 1) * group,
+            prompt_length=policy.config.context - options.max_new_tokens, batch_size=QUEUE * (options.batch_size // group or 1) * group,
             group_size=group, cache=default_cache(),
         ).trimmed()
         for group in (1, options.samples)
@@ -103,7 +104,7 @@ def _policy(source: Any) -> dict[str, Any]:
 
     def evaluated(one: Policy) -> compare.Evaluation:
         return compare.evaluate(one, baseline, one_each, several, worth, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-                                seed=options.seed)
+                                seed=options.seed, rows=options.batch_size)
 
     ours = evaluated(policy)
     row = compare.row(ours, evaluated(baseline) if options.baseline else None, seed=options.seed)
@@ -122,16 +123,11 @@ def _gold(task: str) -> Callable[[str, str], float]:
 
 def _judge(path: str) -> Callable[[str, str], float]:
     """A reward model as a function of text, through its own tokenizer and template."""
-    from rlhf_jax.data.encode import Encoder
-    from rlhf_jax.eval.models import RewardModel
-    from rlhf_jax.rewards.host import RetokenisedReward
+    from rlhf_jax.eval.models import RewardModel, text_reward
     from rlhf_jax.saved import load_source
 
-    model = RewardModel(load_source(path, "--judge"), "--judge")
-    encoder = Encoder(model.source.reader("--judge"), model.source.layout("--judge"), max_length=model.config.context, prompt_length=None,
-                      overlong="truncate")
-    score = RetokenisedReward(encoder, model.row_scores, bucket=32)
-    return lambda prompt, response: float(score([[{"role": "user", "content": prompt}]], [response], [True])[0])
+    score = text_reward(RewardModel(load_source(path, "--judge"), "--judge"), "--judge")
+    return lambda prompt, response: float(score([[{"role": "user", "content": prompt}]], [response], [True], 1)[0])
 
 
 def _reward_model(source: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(policy: Policy, reference: Policy, one: Any, several: Any, gold: Callable[[str, str], float], *, max_new_tokens: int,
-             temperature: float, seed: int) -> Evaluation:
+             temperature: float, seed: int, rows: int = 0) -> Evaluation:
     """Greedy and sampled completions of every prompt, with their gold; samples carry the sequence KL from `reference`.
 
     Args:
@@ -43,15 +43,15 @@ def evaluate(policy: Policy, reference: Policy, one: Any, several: Any, gold: Ca
       max_new_tokens: tokens.
       temperature: of the samples.
       seed: of the samples.
+      rows: decoded at once, those that have ended replaced by others of the batch, whole groups of samples; 0 = all of the batch.
     """
     tokenizer = policy.source.reader("--checkpoint")
-    greedy = evaluate_generation(
-        lambda prompts: policy.generate(prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=0.0), one, tokenizer, gold
-    )
+    how: dict[str, Any] = dict(seed=seed, max_new_tokens=max_new_tokens, slots=rows)
+    greedy = evaluate_generation(lambda prompts: policy.generate(prompts, temperature=0.0, **how), one, tokenizer, gold)
     sampled = evaluate_generation(
-        lambda prompts: policy.generate(prompts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature), several, tokenizer, gold,
-        policy_logps=lambda seqs: policy.logps(seqs, temperature=temperature),
-        ref_logps=lambda seqs: reference.logps(seqs, temperature=temperature),
+        lambda prompts: policy.generate(prompts, temperature=temperature, **how), several, tokenizer, gold,
+        policy_logps=lambda seqs: policy.logps(seqs, temperature=temperature, rows=rows),
+        ref_logps=lambda seqs: reference.logps(seqs, temperature=temperature, rows=rows),
     )
     return Evaluation(greedy, sampled)
 

@@ -106,19 +106,21 @@ def by_prompt(records: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
     return {prompt_id: float(np.mean(groups[prompt_id])) for prompt_id in sorted(groups)}
 
 
-def responses(rollout: Rollout, tokenizer: Decoder) -> list[str]:
+def responses(rollout: Rollout, tokenizer: Decoder, stop_ids: Sequence[int] | None = None) -> list[str]:
     """Decoded text per row: the tokens under the loss mask, without the stop token of a row that ended; "" on filler rows.
 
     Args:
       rollout: `seqs` [B, T].
       tokenizer: decodes.
+      stop_ids: the stop tokens, where a stop string may have ended a row, whose last token is text; None: whatever ended a row is left out.
     """
     rollout = jax.device_get(rollout)
     tokens, mask, truncated = rollout.seqs.tokens, _sampled(rollout), rollout.truncated
     texts = []
     for row in range(tokens.shape[0]):
         ids = tokens[row][mask[row]].tolist()
-        texts.append(tokenizer.decode(ids if truncated[row] else ids[:-1]))
+        stopped = not truncated[row] and (stop_ids is None or not ids or ids[-1] in stop_ids)
+        texts.append(tokenizer.decode(ids[:-1] if stopped else ids))
     return texts
 
 

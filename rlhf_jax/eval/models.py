@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -15,11 +16,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import distributed, sampling, sharding
+from rlhf_jax.data.encode import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, Networks, NetworkSpec
 from rlhf_jax.ops import masking
+from rlhf_jax.rewards.host import Messages, RetokenisedReward
 from rlhf_jax.saved import Source, place
 from rlhf_jax.types import Array, Comparisons, Prompts, PyTree, Rollout, Sequences
+
+BUCKET = 32  # tokens; rows for a reward model that reads text are padded to multiples of it
 
 
 def one_device() -> Mesh:
@@ -45,20 +50,23 @@ class Policy:
         self.params = place(source.params, self.config, self.mesh)
 
     def generate(self, prompts: Prompts, *, seed: int, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0,
-                 group_size: int = 1) -> Rollout:
+                 group_size: int = 1, filters: sampling.Filters = sampling.NONE, slots: int = 0) -> Rollout:
         """One completion per row; temperature 0 is greedy. Other arguments as sampling.generate."""
         if prompts.tokens.shape[1] + max_new_tokens > self.config.context:
             raise UserError(f"prompt slots and new tokens make {prompts.tokens.shape[1]} + {max_new_tokens} tokens, more than the model's "
                             f"context of {self.config.context}: lower max_new_tokens")
         tokenizer = self.source.reader("--checkpoint")
         program = _generate(
-            self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, tokenizer.stop_ids, tokenizer.pad_id, group_size
+            self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, tokenizer.stop_ids, tokenizer.pad_id, group_size,
+            filters, slots,
         )
         return program(self.params, self._place(prompts), jax.random.key(seed))
 
-    def logps(self, seqs: Sequences, *, temperature: float) -> Array:
-        """[B, T] nats, unfiltered, at this temperature."""
-        return _logps(self.config, self.mesh, temperature)(self.params, self._place(seqs))
+    def logps(self, seqs: Sequences, *, temperature: float, rows: int = 0) -> Array:
+        """[B, T] nats, unfiltered, at this temperature; at most `rows` at once, 0 = all."""
+        count = seqs.tokens.shape[0]
+        chunks = next(count // size for size in range(min(rows or count, count), 0, -1) if count % size == 0)
+        return _logps(self.config, self.mesh, temperature, chunks)(self.params, self._place(seqs))
 
     def _place(self, batch: Any) -> Any:
         rows = sharding.row_devices(self.mesh)
@@ -86,24 +94,46 @@ class RewardModel:
         return _scores(self.config, self.mesh)(self.params, jax.device_put(seqs, sharding.replicated(self.mesh)))
 
 
+def text_reward(model: RewardModel, key: str) -> Callable[[Sequence[Messages], Sequence[str], Sequence[bool], int], np.ndarray]:
+    """`(prompts, responses, whether each ended, rows at once) -> [B] scores`: a reward model that reads text, through its own template.
+
+    Args:
+      model: on its devices.
+      key: the flag or config key that named it, for messages.
+    """
+    encoder = Encoder(model.source.reader(key), model.source.layout(key), max_length=model.config.context, prompt_length=None, overlong="truncate")
+    score = RetokenisedReward(encoder, model.row_scores, bucket=BUCKET)
+
+    def scores(prompts: Sequence[Messages], responses: Sequence[str], ended: Sequence[bool], rows: int) -> np.ndarray:
+        found = []
+        for begin in range(0, len(prompts), rows):
+            part = slice(begin, begin + rows)
+            missing = rows - len(prompts[part])  # rows of every call are as many, so that nothing is compiled anew
+            given = [*prompts[part], *[None] * missing], [*responses[part], *[""] * missing], [*ended[part], *[True] * missing]
+            found.append(score(*given)[: rows - missing])
+        return np.concatenate(found)
+
+    return scores
+
+
 @functools.lru_cache
 def _generate(config: ModelConfig, mesh: Mesh, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-              stop_ids: tuple[int, ...], pad_id: int, group_size: int) -> Any:
+              stop_ids: tuple[int, ...], pad_id: int, group_size: int, filters: sampling.Filters, slots: int) -> Any:
     def run(params: PyTree, prompts: Prompts, key: Array) -> Rollout:
         chex.assert_rank(prompts.tokens, 2)
         nets = Networks({"policy": params}, {}, NetworkSpec(policy=config))
         return sampling.generate(
             nets, prompts, key, iteration=0, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            stop_ids=stop_ids, pad_id=pad_id, group_size=group_size,
+            stop_ids=stop_ids, pad_id=pad_id, group_size=group_size, filters=filters, slots=slots,
         )
 
     return sharding.jit(run, mesh)
 
 
 @functools.lru_cache
-def _logps(config: ModelConfig, mesh: Mesh, temperature: float) -> Any:
+def _logps(config: ModelConfig, mesh: Mesh, temperature: float, chunks: int) -> Any:
     spec = NetworkSpec(policy=config, temperature=temperature)
-    return sharding.jit(lambda params, seqs: Networks({"policy": params}, {}, spec).policy(seqs).logps, mesh)
+    return sharding.jit(lambda params, seqs: Networks({"policy": params}, {}, spec, chunks).policy(seqs).logps, mesh)
 
 
 @functools.lru_cache
