@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import flags
 
+from rlhf_jax.cli import drawn
 from rlhf_jax.errors import UserError, nearest
 
 FLAGS_HELP = {
@@ -33,6 +34,7 @@ FLAGS_HELP = {
     "--template NAME": "chat template in place of the model's own: a shipped name or a file",
     "--temperature T": "default 1.0; 0 is greedy",
     "--top_k K, --top_p P": "filters; 0 and 1.0 switch them off (default)",
+    **drawn.FLAGS_HELP,
     "--max_new_tokens N": "of an answer (default 512)",
     "--seed S": "the same seed and messages draw the same answers (default 0)",
     "--context N": "tokens of the longest conversation (default: the model's)",
@@ -48,6 +50,8 @@ flags.DEFINE_string("template", "", "chat template")
 flags.DEFINE_float("temperature", 1.0, "0 is greedy", lower_bound=0.0)
 flags.DEFINE_integer("top_k", 0, "0 = off", lower_bound=0)
 flags.DEFINE_float("top_p", 1.0, "1 = off", lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_multi_string("filters", [], "name:key=value or JSON")
+flags.DEFINE_multi_string("stop_strings", [], "ends of answers")
 flags.DEFINE_integer("max_new_tokens", 512, "tokens", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "of the answers")
 flags.DEFINE_integer("context", 0, "tokens; 0 = the model's", lower_bound=0)
@@ -98,7 +102,7 @@ def _opened() -> Any:
     with meshed(1, options.tensor) as mesh:
         policy = Policy(dataclasses.replace(source, config=config), "--model", mesh)
     settings = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, max_new_tokens=options.max_new_tokens,
-                        seed=options.seed)
+                        seed=options.seed, filters=drawn.compose(options.filters, options.stop_strings, tokenizer, config.vocab_size))
     return Chat(policy, tokenizer, source.template, settings)
 
 

@@ -27,7 +27,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.eval.models import Policy
 from rlhf_jax.models import ModelConfig, transformer
 from rlhf_jax.models import cache as kv
-from rlhf_jax.types import Array, PyTree
+from rlhf_jax.types import Array, Prompts, PyTree
 
 WIDTHS = (16, 256)  # tokens of a prefill
 STEPS = 8  # tokens of a decode
@@ -44,6 +44,7 @@ class Sampling:
     top_p: float = 1.0
     max_new_tokens: int = 512
     seed: int = 0
+    filters: sampling.Filters = sampling.NONE  # and stop strings, which end an answer with the token that completes one
 
 
 class Speaker:
@@ -57,6 +58,7 @@ class Speaker:
 
     def __init__(self, policy: Policy, stop_ids: Sequence[int], settings: Sampling) -> None:
         self.policy, self.stop_ids, self.settings = policy, frozenset(stop_ids), settings
+        self.stopped = False  # whether the last answer ended by a stop token or a stop string
         self.prefilled = 0  # tokens of the last prompt that were not in the cache
         self._known: list[int] = []  # tokens whose keys and values lie in the first slots
         self._cache: Any = None
@@ -80,22 +82,26 @@ class Speaker:
             raise
 
     def _answer(self, prompt: list[int], turn: int) -> Iterator[int]:
-        settings = self.settings
+        settings, policy = self.settings, self.policy
+        self.stopped = False
         shared = next((i for i, (a, b) in enumerate(zip(prompt, self._known)) if a != b), min(len(prompt), len(self._known)))
         del self._known[min(shared, len(prompt) - 1) :]
         self.prefilled = len(prompt) - len(self._known)
         logits = self._read(prompt)
         key = sampling.row_keys(jax.random.key(settings.seed), 0, jnp.full(1, turn, jnp.int32), jnp.zeros(1, jnp.int32))
-        room = min(settings.max_new_tokens, self.policy.config.context - len(prompt))
+        room = min(settings.max_new_tokens, policy.config.context - len(prompt))
+        state = _begin(policy.config, policy.mesh, settings.filters)(*_padded(prompt, policy.config.context))
         for count in range(0, room, STEPS):
             self._grow(len(self._known) + STEPS)
-            tokens, logits, self._cache = _decode(self.policy.config, self.policy.mesh, settings.temperature, settings.top_k, settings.top_p)(
-                self.policy.params, logits, self._cache, np.int32(len(self._known)), np.int32(count), key
+            program = _decode(policy.config, policy.mesh, settings.temperature, settings.top_k, settings.top_p, settings.filters)
+            tokens, ended, logits, self._cache, state = program(
+                policy.params, logits, self._cache, np.int32(len(self._known)), np.int32(count), key, state
             )
-            for token in np.asarray(tokens)[: room - count].tolist():
+            for token, over in zip(np.asarray(tokens)[: room - count].tolist(), np.asarray(ended).tolist()):
                 self._known.append(token)
+                self.stopped = over or token in self.stop_ids
                 yield token
-                if token in self.stop_ids:
+                if self.stopped:
                     return
 
     def _read(self, prompt: list[int]) -> Array:
@@ -148,18 +154,39 @@ def _prefill(config: ModelConfig, mesh: Mesh) -> Any:
     return sharding.jit(run, mesh, donate=(2,))
 
 
-@functools.lru_cache
-def _decode(config: ModelConfig, mesh: Mesh, temperature: float, top_k: int, top_p: float) -> Any:
-    def run(params: PyTree, logits: Array, cache: Any, begin: Array, count: Array, keys: Array) -> tuple[Array, Array, Any]:
-        def step(carry: Any, i: Array) -> Any:
-            logits, cache = carry
-            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + i)
-            token, _ = sampling.draw(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
-            hidden, cache = _extend(config, params, token[:, None], cache, begin + i)
-            return (transformer.unembed(config, params, hidden[:, 0]), cache), token[0]
+def _padded(prompt: list[int], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments, [1, context], padded on the left."""
+    tokens, segments = np.zeros((2, 1, context), np.int32)
+    tokens[0, context - len(prompt) :], segments[0, context - len(prompt) :] = prompt, 1
+    return tokens, segments
 
-        (logits, cache), tokens = jax.lax.scan(step, (logits, cache), jnp.arange(STEPS))
-        return tokens, logits, cache
+
+@functools.lru_cache
+def _begin(config: ModelConfig, mesh: Mesh, filters: sampling.Filters) -> Any:
+    """The filters' state behind a prompt."""
+
+    def run(tokens: Array, segment_ids: Array) -> Any:
+        ids = jnp.zeros(1, jnp.int32)
+        prompts = Prompts(tokens=tokens, positions=tokens, segment_ids=segment_ids, prompt_ids=ids, sample_ids=ids, group_ids=ids)
+        return filters.start(prompts, config.vocab_size)
+
+    return sharding.jit(run, mesh)
+
+
+@functools.lru_cache
+def _decode(config: ModelConfig, mesh: Mesh, temperature: float, top_k: int, top_p: float, filters: sampling.Filters) -> Any:
+    def run(params: PyTree, logits: Array, cache: Any, begin: Array, count: Array, keys: Array, state: Any) -> Any:
+        def step(carry: Any, i: Array) -> Any:
+            logits, cache, state = carry
+            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, count + i)
+            picked, state = sampling.pick(logits, drawn, state, temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
+            state = filters.observe(state, picked.token)
+            hidden, cache = _extend(config, params, picked.token[:, None], cache, begin + i)
+            carry = transformer.unembed(config, params, hidden[:, 0]), cache, state
+            return carry, (picked.token[0], filters.ended(jnp.zeros(1, bool), state)[0])
+
+        (logits, cache, state), (tokens, ended) = jax.lax.scan(step, (logits, cache, state), jnp.arange(STEPS))
+        return tokens, ended, logits, cache, state
 
     return sharding.jit(run, mesh, donate=(2,))
 
@@ -212,8 +239,8 @@ class Chat:
         try:
             for token in self.speaker.answer(prompt, self.turns):
                 drawn += 1
+                self.truncated = not self.speaker.stopped
                 if token in self.speaker.stop_ids:
-                    self.truncated = False
                     break
                 said += (piece := stream.push(token))
                 if piece:

@@ -43,6 +43,15 @@ def test_the_first_answer_is_what_sample_says(talk, command, run, flags):
     assert talk("Sort 5 3\n", *flags).out == sampled.out
 
 
+def test_filters_and_stop_strings_are_those_of_sample(talk, command, run):
+    letters = Tokenizer.byte_level().encode("abc")[0].tolist()
+    flags = [f"--filters=allowed:ids={letters}", "--filters=frequency_penalty:penalty=0.5", "--stop_strings=cc", "--temperature=1.5", "--seed=3"]
+    sampled = command("sample", f"--checkpoint={run}", "--prompt=Sort 5 3", "--max_new_tokens=30", *flags)
+    assert sampled.code == 0 and set(sampled.out.strip()) <= set("abc") and sampled.out.endswith("cc\n") and "cc" not in sampled.out[:-3], sampled
+    assert talk("Sort 5 3\n", "--max_new_tokens=30", *flags).out == sampled.out
+    assert "--filters[0].name = 'min_q'" in talk("hi\n", "--filters=min_q:p=0.1").err
+
+
 def test_a_conversation_through_a_pipe(talk, tmp_path):
     once = talk("hi\n")
     assert once.code == 0 and once.err == "" and once.out.count("\n") >= 1
