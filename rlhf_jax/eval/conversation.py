@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import sampling, sharding
 from rlhf_jax.data.chat import ChatTemplate
@@ -142,7 +142,12 @@ def _moved(fresh: Array, old: Array) -> Array:
 
 @functools.lru_cache
 def _empty(config: ModelConfig, mesh: Mesh, slots: int) -> Any:
-    return sharding.jit(lambda: transformer.empty_cache(config, 1, slots), mesh)
+    """Placed as the programs give it back, so that they are not compiled again for it."""
+    split = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["kv_heads"]))
+    heads = split if config.kv_heads % mesh.shape["tensor"] == 0 else sharding.replicated(mesh)
+    where = jax.tree.map(lambda x: heads if x.ndim == 4 else NamedSharding(mesh, PartitionSpec(None, *heads.spec)),
+                         jax.eval_shape(lambda: transformer.empty_cache(config, 1, slots)))
+    return sharding.jit(lambda: transformer.empty_cache(config, 1, slots), mesh, out_shardings=where)
 
 
 @functools.lru_cache

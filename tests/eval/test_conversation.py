@@ -83,6 +83,17 @@ def test_an_answer_ends_at_a_stop_token_at_the_budget_and_at_the_context():
     assert len(list(full.answer(_prompt(91), 0))) == 96 - 91
 
 
+def test_prompts_of_any_length_are_traced_as_two_prefills_and_one_decode(monkeypatch):
+    """At one size of the cache; each doubling of it compiles as many again."""
+    traced, original = [], conversation._extend
+    monkeypatch.setattr(conversation, "_extend", lambda *given: traced.append(given[2].shape[1]) or original(*given))
+    policy = _policy(layers=2)
+    speaker = Speaker(policy, (), Sampling(max_new_tokens=3))
+    for turn, length in enumerate((1, 5, 16, 17, 40, 64, 65, 80, 92)):
+        list(speaker.answer(_prompt(length, turn), turn))
+    assert sorted(traced) == [1, 16, 256] and speaker._slots == 256
+
+
 def test_turns_draw_different_numbers_and_a_seed_repeats():
     policy = _policy()
     settings = {seed: Sampling(seed=seed, max_new_tokens=8) for seed in (1, 2)}

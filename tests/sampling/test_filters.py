@@ -15,6 +15,7 @@ import pytest
 from rlhf_jax import sampling
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.ops import categorical
 from rlhf_jax.sampling import filters, matcher
 from tests.models import tiny
 from tests.ops.test_categorical import critical, softmax, statistic
@@ -91,9 +92,12 @@ CASES: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("smallest", [1024, 1], ids=["gumbel", "inversion"])
 @pytest.mark.parametrize("name", CASES)
-def test_frequencies_are_the_filtered_probabilities(name: str) -> None:
-    """χ² of 30 000 draws at a level of 1e-4; both log-probs are those of the two distributions."""
+def test_frequencies_are_the_filtered_probabilities(name: str, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """χ² of 30 000 draws at a level of 1e-4, by either method; both log-probs are those of the two distributions."""
+    monkeypatch.setattr(categorical, "LARGE", smallest)
+    assert categorical.method(VOCABULARY, "cpu") == ("gumbel" if smallest > 1 else "inversion")
     entries, settings = CASES[name]
     composed, draws = build(*entries), 30_000
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
