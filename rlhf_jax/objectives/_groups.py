@@ -65,7 +65,7 @@ def prepare(
       correction_high: upper bound of the correction, ≥ 1; inf = none.
     """
     mask = loss_tokens(batch.seqs)
-    old_logps, out = before_update(nets, batch, *((vocab.entropy,) if entropy_quantile else ()))
+    old_logps, out, gap = before_update(nets, batch, *((vocab.entropy,) if entropy_quantile else ()))
     scores, known, metrics = completion_scores(batch, old_logps, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
     if overlong_length:
@@ -83,4 +83,4 @@ def prepare(
         advantages = jnp.where(high_entropy(out.entropy, loss_tokens(batch.seqs), entropy_quantile=entropy_quantile), advantages, 0.0)
     batch, corrected = with_advantages(batch, old_logps, advantages, correction=correction, correction_low=correction_low,
                                        correction_high=correction_high)
-    return batch, carry, metrics | corrected
+    return batch, carry, metrics | gap | corrected

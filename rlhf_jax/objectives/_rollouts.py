@@ -104,7 +104,7 @@ def completion_scores(
     return scores, known, metrics
 
 
-def before_update(nets: Any, batch: Rollout, *more: Any) -> tuple[Array, Any]:
+def before_update(nets: Any, batch: Rollout, *more: Any) -> tuple[Array, Any, dict[str, Mean]]:
     """log π_old of the tokens, and what else is asked of the policy before the first update, in one pass.
 
     Args:
@@ -113,13 +113,13 @@ def before_update(nets: Any, batch: Rollout, *more: Any) -> tuple[Array, Any]:
       more: as `want` of nets.policy.
 
     Returns:
-      [B, T] nats, and the policy's namespace, None where nothing had to be read.
+      [B, T] nats; the policy's namespace, None where nothing had to be read; the metrics of `gap_metrics` where the trainer read them.
     """
     chex.assert_rank(batch.seqs.tokens, 2)
     if batch.old_logps is not None:
-        return batch.old_logps, nets.policy(batch.seqs, want=more) if more else None
+        return batch.old_logps, nets.policy(batch.seqs, want=more) if more else None, {}
     out = nets.policy(batch.seqs, want=(vocab.logps, *more))
-    return out.logps, out
+    return out.logps, out, gap_metrics(batch, out.logps)
 
 
 def without(batch: Rollout, rows: Array) -> Rollout:
@@ -166,7 +166,7 @@ def with_advantages(
     mask = loss_tokens(batch.seqs)
     weights, metrics = corrections(old_logps, batch.sampler_logps, mask, correction=correction, correction_low=correction_low,
                                    correction_high=correction_high)
-    return batch.replace(old_logps=old_logps, advantages=jnp.where(mask, advantages * weights, 0.0)), metrics | gap_metrics(batch, old_logps)
+    return batch.replace(old_logps=old_logps, advantages=jnp.where(mask, advantages * weights, 0.0)), metrics
 
 
 def corrections(

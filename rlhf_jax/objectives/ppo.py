@@ -26,7 +26,6 @@ from rlhf_jax.objectives._rollouts import (
     before_update,
     corrections,
     filled,
-    gap_metrics,
     kl_metrics,
     known_scores,
     log_ratio,
@@ -150,7 +149,7 @@ def prepare(
     metrics = rollout_metrics(batch, raw_scores(batch))
     batch = trainable_rows(batch, known, mask_truncated=False)
     mask = loss_tokens(batch.seqs)
-    old_logps, out = before_update(nets, batch, "values")  # actor and critic in one pass
+    old_logps, out, gap = before_update(nets, batch, "values")  # actor and critic in one pass
     ref_logps = reference_logps(batch.seqs, "ppo") if kl_coef else batch.seqs.ref_logps
     ratios = log_ratio(old_logps, old_logps if ref_logps is None else ref_logps, mask)
     kl = sequence_kl(ratios, mask, known)
@@ -175,7 +174,7 @@ def prepare(
     batch = batch.replace(old_logps=old_logps, values=out.values, rewards=rewards, returns=returns,
                           advantages=weights * whiten(advantages, mask, keep_mean=False))
     kl_coef_next = updated_kl_coef(carry["kl_coef"], kl.compute(), kl.count, kl_target=kl_target, kl_horizon=kl_horizon)
-    return batch, {"kl_coef": kl_coef_next}, metrics | corrected | gap_metrics(batch, out.logps)
+    return batch, {"kl_coef": kl_coef_next}, metrics | gap | corrected
 
 
 def loss(

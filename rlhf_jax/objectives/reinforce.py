@@ -47,14 +47,14 @@ def prepare(
     missing_eos_penalty: float, mask_truncated: bool, correction: str, correction_low: float, correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     chex.assert_rank(batch.seqs.tokens, 2)
-    old_logps, _ = before_update(nets, batch)
+    old_logps, _, gap = before_update(nets, batch)
     returns, known, metrics = completion_scores(batch, old_logps, beta=beta, kl_estimator=kl_estimator, kl_in=kl_in,
                                                 missing_eos_penalty=missing_eos_penalty)
     advantages = centred(returns, known, batch_baseline=batch_baseline)[:, None]
     batch, corrected = with_advantages(
         trainable_rows(batch, known, mask_truncated=mask_truncated), old_logps, advantages, correction=correction, correction_low=correction_low,
         correction_high=correction_high)
-    return batch, carry, metrics | corrected
+    return batch, carry, metrics | gap | corrected
 
 
 def loss(

@@ -63,7 +63,7 @@ def prepare(
     missing_eos_penalty: float, mask_truncated: bool, correction: str, correction_low: float, correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     mask = loss_tokens(batch.seqs)
-    old_logps, _ = before_update(nets, batch)
+    old_logps, _, gap = before_update(nets, batch)
     scores, known, metrics = completion_scores(batch, old_logps, beta=0.0, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
     scores = baselined(scores, batch.group_ids, known, group_baseline=group_baseline)
@@ -77,7 +77,7 @@ def prepare(
     advantages = whiten(returns_to_go(rewards, mask, gamma=gamma), counted, keep_mean=False)
     batch, corrected = with_advantages(batch, old_logps, advantages, correction=correction, correction_low=correction_low,
                                        correction_high=correction_high)
-    return batch, carry, metrics | corrected
+    return batch, carry, metrics | gap | corrected
 
 
 def loss(

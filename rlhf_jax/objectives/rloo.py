@@ -82,7 +82,7 @@ def prepare(
     correction_high: float,
 ) -> tuple[Rollout, PyTree, dict[str, Mean]]:
     chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
-    old_logps, _ = before_update(nets, batch)
+    old_logps, _, gap = before_update(nets, batch)
     raw = raw_scores(batch)
     as_given = rollout_metrics(batch, raw)
     clipped = batch.replace(scores=shaped_scores(raw, reward_scale=1.0, reward_clip=reward_clip))
@@ -94,7 +94,7 @@ def prepare(
     batch, corrected = with_advantages(
         trainable_rows(batch, known, mask_truncated=mask_truncated), old_logps, advantages[:, None], correction=correction,
         correction_low=correction_low, correction_high=correction_high)
-    return batch, carry, metrics | as_given | corrected
+    return batch, carry, metrics | gap | as_given | corrected
 
 
 def loss(
