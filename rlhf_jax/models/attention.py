@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.ops.backends import ELEMENTWISE
 from rlhf_jax.types import Array
 
 
@@ -28,7 +29,6 @@ class Forked(NamedTuple):
 
 
 Mask = Array | Forked
-ELEMENTWISE = ("cpu",)  # backends on which one query per row attends to a cache by sums of products; elsewhere by dots
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array, *, scale: float, softcap: float = 0.0) -> Array:

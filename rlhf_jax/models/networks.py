@@ -21,11 +21,11 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops import masking, rows, vocab
+from rlhf_jax.ops.backends import UNROLLING
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
 Want = tuple[str | VocabFunction, ...]
-UNROLLING = ("cpu",)  # backends that decode layer by layer; a TPU's layer scan with the cache along compiles to the least memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

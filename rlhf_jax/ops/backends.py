@@ -1,0 +1,10 @@
+"""Which layouts of the sampler each backend takes: every choice that a measurement made is here, and what stands for the others.
+
+A backend that is not named was not measured yet: it scans layers, attends by dots and draws by Gumbel noise.
+"""
+
+from __future__ import annotations
+
+UNROLLING = ("cpu",)  # decode layer by layer; a TPU's layer scan with the cache along compiles to the least memory (models/networks.py)
+ELEMENTWISE = ("cpu",)  # one query per row attends to a cache by sums of products; elsewhere by dots (models/attention.py)
+INVERTING = ("cpu",)  # large vocabularies are drawn by inverting the distribution function (ops/categorical.py)
