@@ -42,6 +42,7 @@ from rlhf_jax.errors import UserError, nearest
 
 OVERLONG = ("error", "truncate", "skip")
 SEPARATOR = "\n"  # between the steps of an answer
+_SO_FAR = (Message(role="user", content="question"), Message(role="assistant", content="what-was-answered-so-far"))  # no template has these words
 _CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>")  # how most models spell control tokens
 Row = dict[str, Any]  # one row of the prepared set: arrays, text as str
 
@@ -138,6 +139,25 @@ class Encoder:
         hidden, schemas, stand = self._shielded(messages, tools)
         text, literal = self.tokenizer.unshield(self._template.text(hidden, add_generation_prompt=True, tools=schemas), stand)
         return self.tokenizer.encode(text, literal=literal)[0]
+
+    def reply(self, messages: Messages) -> np.ndarray:
+        """Tokens [n] int32 of what stands behind an assistant's end token when `messages` answer it, up to where the assistant speaks again.
+
+        They are laid out behind a stand-in for the conversation so far, one question and one answer, and read off the whole text's tokens, so that
+        the answer's own tokens need not be known, and stay as they are.
+
+        Args:
+          messages: the turns of others, at least one.
+
+        Raises:
+          UserError: the template refuses them.
+        """
+        hidden, _, stand = self._shielded((*_SO_FAR, *messages), ())
+        text = self._template.text(hidden, add_generation_prompt=True)
+        begin = text.find(self.tokenizer.end, text.find(hidden[1]["content"])) + len(self.tokenizer.end)
+        text, literal = self.tokenizer.unshield(text, stand)
+        tokens, offsets = self.tokenizer.encode(text, literal=literal)
+        return tokens[offsets[:, 0] >= begin]
 
     @property
     def _template(self) -> ChatTemplate:
