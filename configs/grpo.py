@@ -26,6 +26,13 @@ def get_config(arg: str = "") -> ConfigDict:
         policy="raise", default=0.0,  # raise | mask (no training on the row) | default (this number instead)
         timeout=0.0,  # seconds a call may take; 0 = as long as it takes
     ))
+    c.env = ConfigDict(dict(  # episodes of several turns, scored by the environment in a reward's place; see rlhf_jax/envs/README.md
+        name="",  # calculator | guess | dotted path of your own; "" = one response per prompt
+        max_turns=4,  # of the policy; sampling.max_new_tokens is the most of one turn
+        max_tokens=1024,  # of an episode after the prompt, replies included
+        widths=2, halvings=2,  # later turns are compiled for so many lengths, and for batches halved up to so many times
+        parameters=ConfigDict(),  # the environment's own
+    ))
     c.fused = True  # one jitted iteration where the reward allows it
     c.critic = ConfigDict(dict(kind="none", init_from=""))  # none | shared (trunk) | separate; init_from: policy | a run | ""
 

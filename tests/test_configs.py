@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax import objectives
+from rlhf_jax import envs, objectives
 from rlhf_jax.cli.configs import load_config
 from rlhf_jax.data import sample_file
 from rlhf_jax.errors import UserError
@@ -33,15 +33,16 @@ NAMES = [path.stem for path in FILES]
 
 def filled(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     """The config with sample files, and a folder, where a preset leaves a path to its user."""
+    environment = config.env.name if "env" in config else ""
     for key in ("train", "valid"):
-        config.data[key] = config.data[key] or sample_file(config.data.kind)
+        config.data[key] = config.data[key] or (envs.sample_file(environment) if environment else sample_file(config.data.kind))
     config.data.cache = str(CACHE)
     if config.tokenizer.kind == "inherit":
         config.init_from = config.init_from or str(workdir)
     if config.tokenizer.kind == "file":
         config.tokenizer.path = str(workdir)
     needs = objectives.bind(config.objective.to_dict()).needs
-    if config.data.kind == "prompt" and "reward" in needs and not config.reward_fn and not config.rewards:
+    if config.data.kind == "prompt" and "reward" in needs and not config.reward_fn and not config.rewards and not environment:
         config.reward_from = config.reward_from or str(workdir)
     if needs & {"reference", "teacher"}:
         config.reference_from = config.reference_from or "init"
@@ -146,7 +147,7 @@ def _abstract(path: pathlib.Path, variant: str, monkeypatch: pytest.MonkeyPatch)
     """The assembled experiment with every frozen array a shape: the preset's networks, from scratch, on bytes."""
     config = load_config(f"{path}:{variant}")
     config.tokenizer.kind = "byte"
-    if config.data.kind == "prompt" and "reward" in objectives.bind(config.objective.to_dict()).needs:
+    if config.data.kind == "prompt" and "reward" in objectives.bind(config.objective.to_dict()).needs and not config.env.name:
         config.reward_fn, config.rewards, config.reward_normalise = "rlhf_jax.rewards.rules.brevity", (), False
     original = Start.frozen
     monkeypatch.setattr(Start, "frozen", lambda self, **how: jax.eval_shape(functools.partial(original, self, **how)))

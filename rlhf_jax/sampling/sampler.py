@@ -25,6 +25,7 @@ CHUNK = 32  # steps between two looks at whether every row is done; on several d
 def generate(
     nets: Any, prompts: Prompts, key: Array, *, iteration: Array | int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     stop_ids: tuple[int, ...], pad_id: int, filters: Filters = composed.NONE, group_size: int = 1, chunk: int = CHUNK, slots: int = 0,
+    generated: Array | None = None,
 ) -> Rollout:
     """Samples one completion per row.
 
@@ -41,6 +42,8 @@ def generate(
       group_size: G, divides B; each G neighbours have the same prompt, and it is prefilled once. 1: every row its own.
       chunk: steps after which decoding ends if every row is done, or with `slots` rows are replaced; 0 = never. It changes no token.
       slots: rows decoded at once, a multiple of G; a row that has ended is replaced by the next one. 0, or B and more: all. It changes no token.
+      generated: [B] int32, tokens that each row has drawn in earlier turns, which its prompt holds: its keys count on from there; not with `slots`.
+        None: there were no turns.
 
     Returns:
       A rollout of [B, P + N] rows: prompt slots, then N new ones. Segment id 0 marks padding on both sides; `loss_mask` marks the
@@ -49,6 +52,8 @@ def generate(
     chex.assert_rank([prompts.tokens, prompts.prompt_ids], [2, 1])
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: sample at least one token")
+    if generated is not None and slots:
+        raise ValueError(f"slots is {slots}: rows that go on from earlier turns are decoded all at once")
     nets, (batch, width) = nets.decoding(), prompts.tokens.shape
     keys = row_keys(key, iteration, prompts.prompt_ids, prompts.sample_ids)
     how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids, pad_id=pad_id, filters=filters)
@@ -60,7 +65,9 @@ def generate(
     slot_index = jnp.arange(width + max_new_tokens)[None, :]
 
     def record(logits: Array, done: Array, state: State, count: Array | int, drawn: Drawn | None) -> tuple[Array, Array, State, Drawn]:
-        new, done, state = emit(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, count), done, state, **how)
+        number = count if generated is None else generated + count
+        token_keys = jax.vmap(jax.random.fold_in, (0, None if generated is None else 0))(keys, number)
+        new, done, state = emit(logits, token_keys, done, state, **how)
         if drawn is None:  # what an early end leaves unwritten is padding
             drawn = blank((max_new_tokens, done.shape[0]), new, pad_id)
         return new.token, done, state, jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, count, 0), drawn, new)

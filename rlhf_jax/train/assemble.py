@@ -62,7 +62,12 @@ class Experiment:
     @property
     def scored(self) -> bool:
         """Whether completions get a score; an objective that needs none may not be given one (train.config)."""
-        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"] or self.config["rewards"])
+        return self.online and bool(self.config["reward_from"] or self.config["reward_fn"] or self.config["rewards"] or self.environment)
+
+    @property
+    def environment(self) -> str:
+        """The name of what answers the policy between its turns; empty where a prompt gets one response."""
+        return self.config["env"]["name"] if self.online else ""
 
     def batch(self, index: int) -> PyTree:
         """This host's rows of training batch `index`, those of the second data set among them: a function of (config.seed, index) alone."""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import objectives
+from rlhf_jax import envs, objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
 from rlhf_jax.models.cache import KINDS as CACHES
@@ -84,6 +84,9 @@ ONLINE: dict[str, Any] = {
     "rewards": object,  # entries, checked by rewards.entries; in the place of reward_from and reward_fn
     "reward_normalise": bool,
     "reward_failure": {"policy": ("raise", "mask", "default"), "default": Number(float), "timeout": Number(float, 0.0)},  # timeout: seconds; 0 = none
+    "env": {  # an environment between the turns of an episode, in the place of a reward; tokens: after the prompt, replies included
+        "name": str, "max_turns": NATURAL, "max_tokens": NATURAL, "widths": NATURAL, "halvings": COUNT, "parameters": Mapping,
+    },
     "fused": bool,
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
@@ -274,7 +277,9 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
         if slots % sampling["group_size"] or slots % devices or (slots % 2 and objective.opponent is not None):
             raise UserError(f"config.sampling.slots = {slots}: choose a multiple of config.sampling.group_size = {sampling['group_size']} and of the "
                             f"{devices} devices that rows are split over, even where an opponent draws; 0 decodes the whole batch at once")
-    if data["prompt_length"] + sampling["max_new_tokens"] > model.context:
+    if c["env"]["name"]:
+        _check_env(c, model, objective)
+    elif data["prompt_length"] + sampling["max_new_tokens"] > model.context:
         raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {data['prompt_length']} + "
                         f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")
     if model.dropout > 0:
@@ -283,6 +288,29 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
     if critic["kind"] != "separate" and critic["init_from"] not in ("", "policy"):
         raise UserError(f"config.critic.init_from = {critic['init_from']!r} has no effect with config.critic.kind = {critic['kind']!r}: "
                         "set kind = 'separate', or init_from = ''")
+
+
+def _check_env(c: Mapping[str, Any], model: ModelConfig, objective: objectives.Objective) -> None:
+    """What episodes of several turns ask of the rest."""
+    section, length = c["env"], c["data"]["prompt_length"]
+    envs.load(section["name"], section["parameters"])
+    if length + section["max_tokens"] > model.context:
+        raise UserError(f"config.data.prompt_length + config.env.max_tokens = {length} + {section['max_tokens']} exceeds config.model.context = "
+                        f"{model.context}")
+    if c["sampling"]["max_new_tokens"] > section["max_tokens"]:
+        raise UserError(f"config.sampling.max_new_tokens = {c['sampling']['max_new_tokens']} of one turn exceed config.env.max_tokens = "
+                        f"{section['max_tokens']} of a whole episode")
+    if objective.opponent is not None:
+        raise UserError(f"config.env.name = {section['name']!r}: {objective.name} lets an opponent draw every second sample, and "
+                        "opponents play no episodes; set it to ''")
+    if c["mesh"]["multihost"]:
+        raise UserError(f"config.env.name = {section['name']!r} and config.mesh.multihost = True: episodes are played by one host")
+    if schedule.of(c).staged:
+        raise UserError(f"config.env.name = {section['name']!r}: episodes are trained on in the iteration that plays them; set "
+                        "config.schedule.ahead, refill and replay to 0")
+    if c["sampling"]["slots"]:
+        raise UserError(f"config.sampling.slots = {c['sampling']['slots']}: with config.env.name = {section['name']!r} all rows take their turns "
+                        "together; set it to 0")
 
 
 def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: bool) -> None:
@@ -305,12 +333,15 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
     if objective.opponent is not None and c["sampling"]["old_logps"] == "sampler":
         raise UserError(f"config.sampling.old_logps = 'sampler': {name} draws every second row from an opponent, whose log-probs are not the "
                         "policy's; choose 'trainer'")
-    given = [key for key in ("reward_from", "reward_fn", "rewards") if c[key]]
+    given = {key: c[key] for key in ("reward_from", "reward_fn", "rewards") if c[key]}
+    if environment := c["env"]["name"]:
+        given["env.name"] = environment
     if "reward" in needs and len(given) != 1:
-        raise UserError(f"config.reward_from = {c['reward_from']!r}, config.reward_fn = {c['reward_fn']!r} and config.rewards = "
-                        f"{c['rewards']!r}: set exactly one of them")
+        raise UserError(f"config.reward_from = {c['reward_from']!r}, config.reward_fn = {c['reward_fn']!r}, config.rewards = {c['rewards']!r} and "
+                        f"config.env.name = {environment!r}: set exactly one of them")
     if "reward" not in needs and given:
-        raise UserError(f"config.{given[0]} = {c[given[0]]!r}: {name} reads no score; set it to {type(c[given[0]])()!r}")
+        key, value = next(iter(given.items()))
+        raise UserError(f"config.{key} = {value!r}: {name} reads no score; set it to {type(value)()!r}")
 
 
 def _check_files(c: Mapping[str, Any]) -> None:

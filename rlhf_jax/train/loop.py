@@ -127,7 +127,7 @@ class _Run:
         # As float32, which the log's text stands for: values read back must equal those measured, or ties would break differently.
         self.history = [(line["step"], float(np.float32(line[self.validation["metric"]]))) for line in run_log.read_metrics(folder)
                         if self.validation["metric"] in line]
-        self.samples: tuple[int, Rollout | None, list[dict[str, Any]]] | None = None
+        self.samples: tuple[int, Rollout | None, list[dict[str, Any]], list[dict[str, Any]]] | None = None
         self.profile, self.tracing = profile, False
 
     def go(self, state: TrainState, start: int) -> Result:
@@ -206,10 +206,10 @@ class _Run:
         """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for; those without a reward always."""
         log = self.exp.config["log"]
         if self.samples is not None and distributed.is_lead():
-            at, previous, failures = self.samples
+            at, previous, failures, transcripts = self.samples
             rows, scores, components = [], None, None
             if previous is not None:
-                rows = completions(self.exp, previous, self.exp.train_data, log["samples"])
+                rows = transcripts[: log["samples"]] or completions(self.exp, previous, self.exp.train_data, log["samples"])
                 scores, components = (None if x is None else np.asarray(jax.device_get(x))[: log["samples"]]
                                       for x in (previous.scores, previous.components))
             with (self.folder / "samples.jsonl").open("ab") as file:
@@ -217,7 +217,7 @@ class _Run:
                     file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
         failures = self.programs.failures if rolled is not None else []
         due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
-        self.samples = (step, rolled if due else None, failures) if due or failures else None
+        self.samples = (step, rolled if due else None, failures, self.programs.transcripts if due else []) if due or failures else None
 
     def _due(self, step: int) -> bool:
         return bool(self.every and step % self.every == 0) or self.saver.reached_preemption(step)

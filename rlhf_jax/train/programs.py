@@ -1,7 +1,8 @@
 """The compiled programs of a run: one that advances the state by a batch, one that validates, one that reads reward scores.
 
-Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward, or with a schedule that
-keeps rollouts waiting: rollout and step apart, what lies between in train.rollouts. All have the same signature,
+
+Offline: the step. Online with a JAX reward, or with none: rollout, score and step as one program. Online with a host reward, an environment, or a
+schedule that keeps rollouts waiting: rollout and step apart, what lies between in train.rollouts. All have the same signature,
 `(state, batches) -> (state, metrics, rollout | None)`.
 """
 
@@ -23,6 +24,7 @@ from rlhf_jax.ops import masking
 from rlhf_jax.rewards import learned
 from rlhf_jax.train import online, schedule
 from rlhf_jax.train.assemble import Experiment
+from rlhf_jax.train.multi_turn import Episodes
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.rewarding import Rewards
 from rlhf_jax.train.rollouts import Online, Rollouts
@@ -44,6 +46,7 @@ class Programs:
         )
         self._traces = 0
         self._rewards: Rewards | None = None
+        self._episodes: Episodes | None = None
         self.rollouts: Rollouts | None = None
         shardings = exp.start.shardings
         if exp.online:
@@ -58,8 +61,9 @@ class Programs:
             parts = run["microbatches"] * run["minibatches"] * sharding.row_devices(exp.mesh)
             forked = run["batch_size"] // options["group_size"] % parts == 0
             contested = rollout(opponent=exp.objective.opponent, group_size=options["group_size"], forked=forked)
-            self._rewards = Rewards(exp) if exp.scored else None
-            self.rollouts = Rollouts(exp, contested, self._rewards)
+            self._episodes = Episodes(exp, filters, forked=forked) if exp.environment else None
+            self._rewards = Rewards(exp) if exp.scored and self._episodes is None else None
+            self.rollouts = Rollouts(exp, contested, self._rewards, self._episodes)
             if self._fused:
                 step = online.fuse(contested, self._rewards.score if self._rewards else None, step)
             if plan.refresh:
@@ -102,13 +106,18 @@ class Programs:
 
     @property
     def failures(self) -> list[dict[str, Any]]:
-        """The samples of the last `advance` that a reward function failed on, with the reasons."""
+        """The samples of the last `advance` that a reward function or an environment failed on, with the reasons."""
         return self.rollouts.failures if self.rollouts is not None else []
 
     @property
     def labels(self) -> list[str]:
         """Of a rollout's `components`."""
         return self._rewards.labels if self._rewards is not None else []
+
+    @property
+    def transcripts(self) -> list[dict[str, Any]]:
+        """The conversations of the last `advance`, row by row; none without an environment."""
+        return self._episodes.transcripts if self._episodes is not None else []
 
     def trace(self) -> set[str]:
         """Traces the step and the validation on shapes alone, compiling nothing; the later calls reuse the traces.
@@ -133,7 +142,7 @@ class Programs:
 
     @property
     def _fused(self) -> bool:
-        if not self.exp.online or schedule.of(self.exp.config).staged:
+        if not self.exp.online or self._episodes is not None or schedule.of(self.exp.config).staged:
             return False
         return (self._rewards is None or self._rewards.pure) and self.exp.config["fused"]
 
@@ -143,7 +152,7 @@ class Programs:
     def compilations(self) -> int:
         """How often the train step was traced for compilation; more than once after warm-up is a bug. (The jit's own `_cache_size` counts
         its dispatch entries: several for one program on more than one device.)"""
-        return self._traces
+        return self._traces + (self._episodes.compilations() if self._episodes is not None else 0)
 
     def _counted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, whose body runs once per trace."""
@@ -190,9 +199,14 @@ class Programs:
 
     def _validate_online(self, state: TrainState, prompts: Prompts) -> dict[str, Mean]:
         params = evaluation_params(state.params, state.opt_state)
-        rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
-        assert self._rewards is not None
-        rolled, _ = self._rewards.measure(self.exp.frozen, rolled, self.exp.valid_data, validation=True)
+        if self._episodes is not None:
+            # On the whole mesh, as a training step's are, or the turns would be traced again.
+            key, first = jax.device_put((jax.random.fold_in(state.key, Purpose.VALIDATION), jnp.int32(0)), sharding.replicated(self.exp.mesh))
+            rolled, _ = self._episodes.play(params, self.exp.frozen, prompts, key, first, self.exp.valid_data, validation=True)
+        else:
+            rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
+            assert self._rewards is not None
+            rolled, _ = self._rewards.measure(self.exp.frozen, rolled, self.exp.valid_data, validation=True)
         assert rolled.scores is not None
         scores = rolled.scores
         length = rolled.seqs.loss_mask.sum(-1)

@@ -23,6 +23,7 @@ from flax import struct
 from rlhf_jax import distributed, sharding
 from rlhf_jax.train import refill, replay, schedule
 from rlhf_jax.train.assemble import Experiment
+from rlhf_jax.train.multi_turn import Episodes
 from rlhf_jax.train.rewarding import Reading, Rewards, Rows
 from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
 
@@ -45,11 +46,12 @@ class Rollouts:
     Args:
       exp: assembled.
       draw: `(params, frozen, prompts, key, iteration) -> Rollout`, from train.online.make_rollout.
-      rewards: None for an objective that reads no score.
+      rewards: None for an objective that reads no score, and for episodes, which have theirs.
+      episodes: what plays them, with an environment; `draw` is not asked then.
     """
 
-    def __init__(self, exp: Experiment, draw: Callable[..., Rollout], rewards: Rewards | None) -> None:
-        self._exp, self._rewards, self._plan = exp, rewards, schedule.of(exp.config)
+    def __init__(self, exp: Experiment, draw: Callable[..., Rollout], rewards: Rewards | None, episodes: Episodes | None = None) -> None:
+        self._exp, self._rewards, self._episodes, self._plan = exp, rewards, episodes, schedule.of(exp.config)
         self._group = exp.config["sampling"]["group_size"]
         self._where = sharding.row_sharding(exp.mesh)
         whole = sharding.replicated(exp.mesh)
@@ -132,7 +134,11 @@ class Rollouts:
         chex.assert_rank(state.batch_index, 0)
         host, (_, hosts) = self._exp.batch(0), distributed.host()
         prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=self._where), host)
-        rolled = self._plain.eval_shape(state.params, self.frozen(state), prompts, state.key, state.batch_index)
+        drawn = (state.params, self.frozen(state), prompts, state.key, state.batch_index)
+        if self._episodes is not None:
+            self._episodes.trace(*drawn)
+            return self._episodes.abstract(prompts)
+        rolled = self._plain.eval_shape(*drawn)
         if scored and self._rewards is not None:
             rolled = self._rewards.shapes(rolled)
         return rolled
@@ -195,6 +201,8 @@ class Rollouts:
 
     def _issue(self, state: TrainState, cursor: Array | None, batches: Iterator[Prompts]) -> tuple[Rollout, Array | None, Metrics]:
         """A rollout of the present weights; scored where only scores say whether it is one."""
+        if self._episodes is not None:
+            return self._play(self._episodes, state, cursor, batches)
         if not self._plan.refill:
             return *self._draw(state, cursor, batches), {}
         filled, found = None, _NOTHING
@@ -206,6 +214,12 @@ class Rollouts:
                 break
         assert filled is not None
         return filled.batch, cursor, found | self._filled(filled)
+
+    def _play(self, player: Episodes, state: TrainState, cursor: Array | None, batches: Iterator[Prompts]) -> tuple[Rollout, Array | None, Metrics]:
+        """Whole episodes, which are scored as they end; no schedule keeps them waiting (train.config)."""
+        rolled, found = player.play(state.params, self.frozen(state), next(batches), state.key, state.batch_index, self._exp.train_data)
+        self.failures = player.failures
+        return rolled, cursor, found
 
     def _draw(self, state: TrainState, cursor: Array | None, batches: Iterator[Prompts]) -> tuple[Rollout, Array | None]:
         prompts, frozen = next(batches), self.frozen(state)
