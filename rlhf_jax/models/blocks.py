@@ -61,8 +61,13 @@ class Block(nn.Module):
         def project(name: str, h: Array, heads: int, axis: str, salt: Array | int) -> Array:
             return Linear(c, heads * c.head_dim, ("embed", axis), bias=c.qkv_bias, name=name)(h, keys, salt)
 
-        query, key = project("query", h[:, reads:], c.heads, "heads", salt), project("key", h, c.kv_heads, "kv_heads", salt + 1)
-        value = project("value", h, c.kv_heads, "kv_heads", salt + 2)
+        if self.has_variable("params", "query_key_value"):  # layout.joined
+            sizes = [heads * c.head_dim for heads in (c.heads, c.kv_heads, c.kv_heads)]
+            both = Linear(c, sum(sizes), ("embed", None), bias=c.qkv_bias, name="query_key_value")(h)
+            query, key, value = jnp.split(both, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        else:
+            query, key = project("query", h[:, reads:], c.heads, "heads", salt), project("key", h, c.kv_heads, "kv_heads", salt + 1)
+            value = project("value", h, c.kv_heads, "kv_heads", salt + 2)
         if c.qk_norm == "full":
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         query = query.reshape(batch, -1, c.heads, c.head_dim)
@@ -94,5 +99,9 @@ class Block(nn.Module):
         salt = DROPOUTS * index + 4
         project = lambda name, salt: Linear(c, c.mlp, ("embed", "mlp"), bias=c.mlp_bias, name=name)(h, keys, salt)  # noqa: E731
         act = ACTIVATIONS[c.activation]
-        inner = act(project("gate", salt)) * project("up", salt + 1) if c.gated else act(project("up", salt + 1))
+        if self.has_variable("params", "gate_up"):  # layout.joined
+            gate, up = jnp.split(Linear(c, 2 * c.mlp, ("embed", None), bias=c.mlp_bias, name="gate_up")(h), 2, axis=-1)
+            inner = act(gate) * up
+        else:
+            inner = act(project("gate", salt)) * project("up", salt + 1) if c.gated else act(project("up", salt + 1))
         return Linear(c, c.hidden, ("mlp", "embed"), (2 * c.layers) ** -0.5, c.mlp_bias, name="down")(inner, keys, salt + 2), None

@@ -19,6 +19,7 @@ from rlhf_jax.models.lazy import Lazy
 from rlhf_jax.types import PyTree
 
 SCAN, OF = "scan", "of"
+JOINED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
 class Axes(tuple):
@@ -121,6 +122,24 @@ def _layer(leaf: Any, index: int) -> Any:
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
+
+
+def joined(params: PyTree, limit: int) -> PyTree:
+    """A network for decoding: kernels that read the same input side by side in one (JOINED), where none of them exceeds the limit.
+
+    Args:
+      params: canonical, without adapters or codes.
+      limit: bytes of a kernel.
+    """
+
+    def join(layer: dict[str, PyTree]) -> dict[str, PyTree]:
+        for name, parts in JOINED.items():
+            if all(part in layer for part in parts) and max(layer[part]["kernel"].nbytes for part in parts) <= limit:
+                side_by_side = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *(layer[part] for part in parts))
+                layer = {**{key: value for key, value in layer.items() if key not in parts}, name: side_by_side}
+        return layer
+
+    return {**params, "layers": {number: join(layer) for number, layer in params["layers"].items()}}
 
 
 def axes_to_runtime(axes: PyTree, unit: int) -> PyTree:

@@ -20,8 +20,9 @@ from flax import struct
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import masking, rows, vocab
-from rlhf_jax.ops.backends import UNROLLING
+from rlhf_jax.ops.backends import JOINED_BELOW, UNROLLING
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
@@ -54,6 +55,7 @@ class Networks(struct.PyTreeNode):
     frozen: PyTree  # {"base": partial trees that `params` completes, "ref": …, "reward": …}
     spec: NetworkSpec = struct.field(pytree_node=False)
     row_chunks: int = struct.field(pytree_node=False, default=1)  # forwards of `prepare` run in this many strided row chunks
+    passes: Passes | None = struct.field(pytree_node=False, default=None)  # of trunks that `prepare` and `loss` share (train.step)
     tally: list[Mean] | None = struct.field(pytree_node=False, default=None)  # where the trained networks' balance losses go, in a loss (train.step)
 
     def _tree(self, name: str) -> PyTree:
@@ -108,10 +110,9 @@ class Networks(struct.PyTreeNode):
         out = {}
         if mine:
             config = _config(self.spec.policy, "policy")
-            out = self._run(config, self._tree("policy"), seqs, keys, mine, along, noise, trained="policy" in self.params)
+            out = self._run(config, self._tree("policy"), seqs, keys, mine, along, noise, "policy")
         if separate:
-            out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None,
-                             trained="critic" in self.params)
+            out |= self._run(_config(self.spec.critic, "critic"), self._tree("critic"), seqs, keys, ("values",), None, name="critic")
         return types.SimpleNamespace(**out)
 
     def ref(self, seqs: Sequences, want: Want = (vocab.logps,)) -> Any:
@@ -123,7 +124,7 @@ class Networks(struct.PyTreeNode):
     def reward(self, seqs: Sequences, keys: Array | None = None) -> Any:
         """`.scores`, a reward model's reading after each token, [B, T] or [B, K, T]; `masking.at_last_real` picks the row's score."""
         chex.assert_rank(seqs.tokens, {2, 3})
-        out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None, trained="reward" in self.params)
+        out = self._run(_config(self.spec.reward, "reward"), self._tree("reward"), seqs, keys, ("scores",), None, name="reward")
         return types.SimpleNamespace(**out)
 
     def as_reference(self) -> Networks:
@@ -156,12 +157,15 @@ class Networks(struct.PyTreeNode):
 
     def decoding(self) -> Networks:
         """The policy alone, laid out for `prefill` and `decode`: where unrolling wins, without the layer scan, whose cache is rewritten whole for
-        every token. Called once, outside the loop, so that the stacked parameters are sliced once."""
+        every token, and with small kernels joined. Called once, outside the loop, so that the parameters are laid out once."""
         config = _config(self.spec.policy, "policy")
-        if not config.unit or jax.default_backend() not in UNROLLING:
+        if jax.default_backend() not in UNROLLING:
             return self
+        params = layout.to_canonical(self._tree("policy"))
+        if config.lora is None and config.quantise == "none":
+            params = layout.joined(params, JOINED_BELOW)
         spec = dataclasses.replace(self.spec, policy=dataclasses.replace(config, scan_layers=False))
-        return self.replace(params={"policy": layout.to_canonical(self._tree("policy"))}, frozen={}, spec=spec)
+        return self.replace(params={"policy": params}, frozen={}, spec=spec)
 
     def prefill(self, tokens: Array, positions: Array, segment_ids: Array, slots: int) -> tuple[Array, Any]:
         """Logits after the last prompt slot and a cache of `slots` slots (layers with a window: no more than it) that holds the prompts.
@@ -199,7 +203,7 @@ class Networks(struct.PyTreeNode):
         return transformer.unembed(config, params, hidden[:, 0]), cache
 
     def _run(self, config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, want: Want, along: Any, noise: float = 0.0,
-             trained: bool = False) -> dict[str, Array]:
+             name: str = "ref") -> dict[str, Array]:
         """Folds branches into rows, runs the forward in row chunks when asked to, and unfolds."""
         lead = seqs.tokens.shape[:-1]
         if len(lead) == 2:
@@ -208,17 +212,21 @@ class Networks(struct.PyTreeNode):
             if keys is not None:
                 keys = jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, jnp.arange(lead[1])))(keys).reshape(-1)
 
-        def forward(batch: Any) -> dict[str, Array]:
-            return _forward(config, params, *batch, want=want, temperature=self.spec.temperature, noise=noise, balance=balance)
+        def forward(batch: Any, hidden: Array | None = None) -> dict[str, Array]:
+            return _forward(config, params, *batch, want=want, temperature=self.spec.temperature, noise=noise, balance=balance, hidden=hidden)
 
-        if len(lead) == 2 or not _forks(config, keys, noise):
+        alike = _alike(config, keys, noise)
+        if len(lead) == 2 or not alike:
             seqs = seqs.replace(prefix=None)
         batch: Any = (seqs, keys, along)
         chunks = self.row_chunks
-        balance = self.tally is not None and config.experts > 0 and config.balance_coef > 0 and trained
+        balance = self.tally is not None and config.experts > 0 and config.balance_coef > 0 and name in self.params
         if chunks > 1 and lead[0] % chunks == 0:
             batch = rows.divisible(batch, chunks)
             out = rows.joined(jax.lax.map(forward, rows.interleave(batch, chunks)), rows.group_size(batch))
+        elif self.passes is not None and len(lead) == 1 and alike and name in self.params:
+            base = self.frozen.get("base", {}).get(name)
+            out = forward(batch, self.passes.hidden(name, self.params[name], seqs.tokens, lambda own: _hidden(config, merge(own, base), seqs)))
         else:
             out = forward(batch)
         if balance:
@@ -235,23 +243,21 @@ def _config(config: ModelConfig | None, name: str) -> ModelConfig:
     return config
 
 
-def _forks(config: ModelConfig, keys: Array | None, noise: float) -> bool:
-    """Whether a prompt may be computed once for several rows: nothing in it is drawn or counted per row."""
+def _alike(config: ModelConfig, keys: Array | None, noise: float) -> bool:
+    """Whether a pass depends on the tokens alone, so that a prompt may be computed once for several rows: nothing is drawn or counted per row."""
     adapters = config.lora.dropout if config.lora is not None else 0.0
     return not config.experts and not noise and (keys is None or not (config.dropout or adapters))
 
 
 def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None, along: Any, *, want: Want, temperature: float,
-             noise: float, balance: bool) -> dict[str, Array]:
-    """One pass of the trunk, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
-    read = (seqs.tokens, seqs.positions, seqs.segment_ids)
+             noise: float, balance: bool, hidden: Array | None) -> dict[str, Array]:
+    """One pass of the trunk unless it is there, one chunked pass of the head, law 1's alignment. All arrays [B, T]."""
     starts = masking.segment_starts(seqs.segment_ids)
     out: dict[str, Array] = {}
-    if seqs.prefix is not None:
-        hidden = transformer.forked_trunk(config, params, *read, seqs.prefix)
-    else:
-        hidden, losses = transformer.balanced_trunk(config, params, *read, keys, noise)
-        out |= {"balance": losses} if balance else {}
+    if balance:
+        hidden, out["balance"] = transformer.balanced_trunk(config, params, seqs.tokens, seqs.positions, seqs.segment_ids, keys, noise)
+    elif hidden is None:
+        hidden = _hidden(config, params, seqs, keys, noise)
     if "hidden" in want:
         out["hidden"] = hidden
     if "scores" in want:
@@ -263,6 +269,14 @@ def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array |
     if functions:
         out |= _head(config, params, hidden, seqs, starts, functions, along or {}, temperature)
     return out
+
+
+def _hidden(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None = None, noise: float = 0.0) -> Array:
+    """[B, T, D]; a prompt that neighbours share is computed once."""
+    read = (seqs.tokens, seqs.positions, seqs.segment_ids)
+    if seqs.prefix is not None:
+        return transformer.forked_trunk(config, params, *read, seqs.prefix)
+    return transformer.trunk(config, params, *read, keys, noise)
 
 
 def _shift(x: Array) -> Array:

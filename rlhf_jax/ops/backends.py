@@ -6,5 +6,6 @@ A backend that is not named was not measured yet: it scans layers, attends by do
 from __future__ import annotations
 
 UNROLLING = ("cpu",)  # decode layer by layer; a TPU's layer scan with the cache along compiles to the least memory (models/networks.py)
+JOINED_BELOW = 4 * 2**20  # bytes: kernels of one input and no larger are joined for decoding on an UNROLLING backend: a call costs more than they do
 ELEMENTWISE = ("cpu",)  # one query per row attends to a cache by sums of products; elsewhere by dots (models/attention.py)
 INVERTING = ("cpu",)  # large vocabularies are drawn by inverting the distribution function (ops/categorical.py)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.models import Networks, NetworkSpec
+from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import rows
 from rlhf_jax.types import Array, Mean, Purpose, PyTree, Rollout, Sequences, TrainState, settled
 
@@ -71,11 +72,12 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
     chex.assert_tree_shape_prefix((batch, keys), (rows.count(batch),))
 
     def counts(part: PyTree) -> dict[str, Array]:
-        terms, _ = _losses(objective, nets, *part)
+        terms, _ = _losses(objective, nets.replace(passes=None), *part)
         return {name: term.count for name, term in terms.items()}
 
     def loss(params: PyTree, part: PyTree, scale: dict[str, Array]) -> tuple[Array, Metrics]:
-        terms, metrics = _losses(objective, nets.replace(params=params), *part)
+        passes = None if nets.passes is None else nets.passes.within(params)
+        terms, metrics = _losses(objective, nets.replace(params=params, passes=passes), *part)
         logged = {f"loss/{name}": term for name, term in terms.items()}
         return sum((term.total * scale[name] for name, term in terms.items()), jnp.float32(0)), jax.lax.stop_gradient({**metrics, **logged})
 
@@ -83,17 +85,27 @@ def gradients(objective: Any, nets: Networks, batch: PyTree, keys: Array, microb
         found = jax.grad(loss, has_aux=True)(nets.params, part, scale)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
 
+    if microbatches == 1:
+        scale = _scale(counts((batch, keys)))
+        grads, metrics = jax.grad(loss, has_aux=True)(nets.params, (batch, keys), scale)
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), grads), _with_whole(metrics, scale)
     parts = rows.interleave((batch, keys), microbatches)
     summed = _sum(jax.lax.map(counts, parts), 0)
-    scale = {name: 1.0 / jnp.where(count == 0, 1.0, count) for name, count in summed.items()}
+    scale = _scale(summed)
     shapes = jax.eval_shape(jax.grad(loss, has_aux=True), nets.params, jax.tree.map(lambda x: x[0], parts), scale)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
-    if microbatches == 1:
-        grads, metrics = accumulate(start, jax.tree.map(lambda x: x[0], parts))[0]
-    else:
-        grads, metrics = jax.lax.scan(accumulate, start, parts)[0]
+    grads, metrics = jax.lax.scan(accumulate, start, parts)[0]
+    return grads, _with_whole(metrics, scale)
+
+
+def _scale(counts: dict[str, Array]) -> dict[str, Array]:
+    return {name: 1.0 / jnp.where(count == 0, 1.0, count) for name, count in counts.items()}
+
+
+def _with_whole(metrics: Metrics, scale: dict[str, Array]) -> Metrics:
+    """The metrics with the sum of the terms as `loss`."""
     whole = sum(metrics[f"loss/{name}"].compute() for name in scale)
-    return grads, {**metrics, "loss": Mean(jnp.asarray(whole, jnp.float32), jnp.float32(1.0))}
+    return {**metrics, "loss": Mean(jnp.asarray(whole, jnp.float32), jnp.float32(1.0))}
 
 
 def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState, **extra: Any) -> tuple[PyTree, Any]:
@@ -126,8 +138,8 @@ def make_step(
       critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it).
     """
 
-    def update(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
-        nets = Networks(state.params, frozen, spec)
+    def update(state: TrainState, frozen: PyTree, batch: PyTree, passes: Passes | None = None) -> tuple[TrainState, Metrics]:
+        nets = Networks(state.params, frozen, spec, passes=passes)
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.DROPOUT), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows.count(batch)))
         grads, metrics = gradients(objective, nets, batch, keys, microbatches)
@@ -154,12 +166,14 @@ def make_step(
         return state, _sum(metrics, (0, 1))
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
-        nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches)
+        # A batch that is one update, in one piece, is passed through its networks once.
+        shared = Passes(state.params) if epochs * minibatches * microbatches == 1 else None
+        nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches, passes=shared)
         age = {"rollout/staleness": Mean.of(state.batch_index - batch.version, batch.real)} if isinstance(batch, Rollout) else {}
         batch = fill_reference(nets, rows.divisible(batch, microbatches * minibatches))
         key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
         batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
-        run = update if epochs * minibatches == 1 else passes
+        run = functools.partial(update, passes=shared) if epochs * minibatches == 1 else passes
         skipped_before, old_carry = state.opt_state.total_notfinite, state.carry
         state, metrics = run(state, frozen, batch)
         # A batch that gave no update leaves no other trace either.

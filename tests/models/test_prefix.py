@@ -63,8 +63,7 @@ def readings(config, seqs, outputs, chunks=1):
     return read, grads
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("group", [1, G])
+@pytest.mark.parametrize(("name", "group"), [("plain", 1), *((name, G) for name in CONFIGS)])
 def test_readings_and_gradients(name: str, group: int) -> None:
     seqs = rollout(group=group)
     found, grads = readings(CONFIGS[name], seqs, ("lm", "value"))
