@@ -3,7 +3,7 @@
 Llama shape, hidden 256, 4 layers, 8 query / 4 kv heads, head_dim 32, mlp 688, vocabulary 8192, untied, float32 (7.1 M parameters). Training:
 8 × 256 tokens (128 prompt + 128 response), pairwise objectives 8 pairs; AdamW, no clipping. Generate: 16 prompts of 64, 128 new tokens,
 temperature 1. PPO and GRPO iteration: 16 rollouts, prompt 64, 64 new tokens, one epoch, KL to a reference (GRPO also without); GRPO in groups of 4;
-the reward is the share of even token ids, in the program; old log-probs are the sampler's, which are the trainer's (float32, no filters). The step
+the reward is the share of even token ids, in the program; old log-probs are those of the update's own pass. The step
 computes gradient norm and entropy metrics besides; what a peer computes beyond that is its own.
 
     python experiments/benchmarks/w1.py --phase dpo --steps 16
@@ -106,7 +106,7 @@ def build(phase: str) -> tuple[Callable[[Any], Any], Any]:
     state = jax.jit(lambda p: TrainState(step=jnp.int32(0), batch_index=jnp.int32(0), params=p, opt_state=tx.init(p), key=key, carry=carry))(params)
     step = make_step(objective, spec, tx, rate, microbatches=1, epochs=1, minibatches=1)
     if phase in ONLINE:
-        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "slots": 0, "old_logps": "sampler"}
+        options = {"max_new_tokens": 64, "top_k": 0, "top_p": 1.0, "slots": 0, "old_logps": "trainer"}
         rollout = online.make_rollout(spec, options, stop_ids=NEVER_STOP, pad_id=0, group_size=group)
         step = online.fuse(rollout, lambda p, f, r: (r.replace(scores=((r.seqs.tokens % 2 == 0) & r.seqs.loss_mask).mean(-1) * 2), {}), step)
         batch: Any = prompts(16, group)
