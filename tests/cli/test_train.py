@@ -35,7 +35,7 @@ def advanced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("dpo", "ppo") else pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in NAMES])
 def test_tiny_trains_saves_and_resumes(name: str, command: Command, advanced: list[int], tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     line = ["train", f"--config={CONFIGS / name}.py:tiny", f"--workdir={run}", "--config.checkpoint.keep=4", "--config.log.samples=2"]

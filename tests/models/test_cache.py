@@ -45,7 +45,7 @@ def decoded(config: Any, kind: str, at: int, params: Any, seqs: Any) -> Any:
     return jnp.concatenate([logits[None], jax.lax.scan(step, kept, jnp.arange(N))[1]])
 
 
-@pytest.mark.parametrize("at", [P, 3 * (P + N) + 5])
+@pytest.mark.parametrize("at", [pytest.param(P, marks=pytest.mark.slow), 3 * (P + N) + 5])
 @pytest.mark.parametrize("name", RINGS)
 def test_a_ring_decodes_what_a_full_forward_computes(name: str, at: int) -> None:
     """With padding, from prompts shorter and longer than the window, past the wrap of the rings and, at a later time, of the whole cache."""

@@ -274,7 +274,8 @@ def test_slots_of_the_config_change_nothing_but_the_work(tmp_path: pathlib.Path)
 # --- opponents ---
 
 
-@pytest.mark.parametrize(("name", "changes"), [("xpo", {}), ("nash_md", {"objective.mixture": 1.0, "reward_from": "@reward", "reward_fn": ""})])
+@pytest.mark.parametrize(("name", "changes"), [
+    ("xpo", {}), pytest.param("nash_md", {"objective.mixture": 1.0, "reward_from": "@reward", "reward_fn": ""}, marks=pytest.mark.slow)])
 def test_the_opponent_draws_every_second_sample(
     name: str, changes: dict[str, Any], finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +349,7 @@ def test_shared_critic(finished: Any) -> None:
     assert same(networks["policy"]["ends"]["lm_head"], load_source(str(finished("sft")), "test").params["ends"]["lm_head"])
 
 
+@pytest.mark.slow
 def test_networks_of_three_sizes(finished: Any, tmp_path: pathlib.Path) -> None:
     """A policy with a smaller critic and a smaller reward model, in one fused program; the checkpoint says what each is."""
     small = str(finished("reward_smaller"))

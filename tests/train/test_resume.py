@@ -58,7 +58,7 @@ def crash(name: str, changes: dict[str, Any], run: pathlib.Path, point: tuple[An
             train(tiny(name, changes), str(run))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "grpo") else pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "sft" else pytest.mark.slow) for name in NAMES])
 def test_crash_in_training(name: str, finished: Any, tmp_path: pathlib.Path) -> None:
     """In step 4, after the checkpoint of step 2 and the validation of step 3, whose lines are logged already."""
     config, changes = command(f"uneven_{name}", finished)
@@ -141,7 +141,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "ppo") else pytest.mark.slow) for name in CASES])
 def test_kill(name: str, finished: Any, tmp_path: pathlib.Path) -> None:
     """One kill, then the same command, which is the reader's `rlhf-jax train`."""
     whole = finished(f"uneven_{name}")
