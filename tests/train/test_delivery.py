@@ -70,7 +70,7 @@ def test_no_two_uses_of_the_runs_key_meet() -> None:
     for purpose, a, b in itertools.product([p for p in Purpose if p is not Purpose.ROLLOUT], range(8), range(8)):
         other = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, purpose), a), b)
         assert tuple(np.asarray(jax.random.key_data(other)).tolist()) not in seen
-    assert len(set(Purpose)) == 6
+    assert len(set(Purpose)) == 7
 
 
 @pytest.mark.parametrize(

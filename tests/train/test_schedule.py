@@ -108,14 +108,6 @@ def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: p
     assert gaps[0] < 1e-5 and (min(gaps[1:]) > 1e-3 if ahead else max(gaps) < 1e-5), "old samples are told by their log-probs"
 
 
-def test_without_the_section_it_is_the_synchronous_run(tmp_path: pathlib.Path) -> None:
-    config = tiny("grpo", {**FAST, "run.steps": 2})
-    train(config, str(tmp_path / "zeros"))
-    del config.schedule
-    train(config, str(tmp_path / "without"))
-    assert outcome(tmp_path / "zeros") == outcome(tmp_path / "without")
-
-
 SLEEPER = '''
 import random, threading, time
 from rlhf_jax.rewards import rules
