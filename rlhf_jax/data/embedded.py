@@ -50,42 +50,73 @@ def write_task(
     Raises:
       UserError: an unknown task or split, a size below 1, or more rows than distinct contents.
     """
-    if task not in SIZES:
-        raise UserError(f"embedded task expected one of {', '.join(SIZES)}, got {task!r}{nearest(task, SIZES)}; correct it")
-    if not 0 <= flawed <= 1:
-        raise UserError(f"embedded task {task} flawed expected a share between 0 and 1, got {flawed}; correct it")
-    wanted = dict(SIZES[task])
-    for split, size in (sizes or {}).items():
-        if split not in wanted:
-            raise UserError(f"embedded task {task} sizes expected a split, got {split!r}{nearest(split, wanted)}; correct it")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UserError(f"embedded task {task} size of {split} expected a positive whole number, got {size!r}; raise it")
-        wanted[split] = size
+    wanted = checked_sizes(task, SIZES, sizes, flawed)
     rng = random.Random(f"{task}-{seed}")
-    pool, names = _CONTENTS[task](), {"text": "text.jsonl", "valid": "valid_text.jsonl"} if task == "lm" else SPLITS
-    if sum(wanted.values()) > len(pool):
-        raise UserError(
-            f"embedded task {task} sizes expected at most {len(pool)} rows over all splits (that many contents are distinct), "
-            f"got {sum(wanted.values())}; lower some"
-        )
-    rng.shuffle(pool)
-    os.makedirs(folder, exist_ok=True)
-    paths, begin = {}, 0
-    for split, size in wanted.items():
-        contents, begin = pool[begin : begin + size], begin + size
+    names = {"text": "text.jsonl", "valid": "valid_text.jsonl"} if task == "lm" else SPLITS
+    paths = {}
+    for split, contents in disjoint(task, _CONTENTS[task](), wanted, rng).items():
         if split == "sft":
-            wrong = set(rng.sample(range(size), round(flawed * size)))
+            wrong = set(rng.sample(range(len(contents)), round(flawed * len(contents))))
             rows = [_demonstration(*_ASK[task](content, rng), flawed=i in wrong) for i, content in enumerate(contents)]
         elif task == "lm":
             rows = [{"text": _story(content, rng)} for content in contents]
         else:
             rows = [{"prompt": _ASK[task](content, rng)[0]} for content in contents]
         paths[split] = os.path.join(folder, names[split])
-        _write(paths[split], rows)
+        write_rows(paths[split], rows)
     return paths
 
 
-def _write(path: str, rows: list[dict[str, Any]]) -> None:
+def checked_sizes(task: str, table: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int] | None, flawed: float) -> dict[str, int]:
+    """Rows of every split of a task.
+
+    Args:
+      task: one of the table's.
+      table: task → split → rows.
+      sizes: rows of some splits, in place of the table's.
+      flawed: share of flawed demonstrations.
+
+    Raises:
+      UserError: an unknown task or split, a size below 1, a share out of [0, 1].
+    """
+    if task not in table:
+        raise UserError(f"embedded task expected one of {', '.join(table)}, got {task!r}{nearest(task, table)}; correct it")
+    if not 0 <= flawed <= 1:
+        raise UserError(f"embedded task {task} flawed expected a share between 0 and 1, got {flawed}; correct it")
+    wanted = dict(table[task])
+    for split, size in (sizes or {}).items():
+        if split not in wanted:
+            raise UserError(f"embedded task {task} sizes expected a split, got {split!r}{nearest(split, wanted)}; correct it")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"embedded task {task} size of {split} expected a positive whole number, got {size!r}; raise it")
+        wanted[split] = size
+    return wanted
+
+
+def disjoint(task: str, pool: list[Content], wanted: Mapping[str, int], rng: random.Random) -> dict[str, list[Content]]:
+    """Contents for every split, none in two of them.
+
+    Args:
+      task: for errors.
+      pool: distinct contents; shuffled in place.
+      wanted: split → how many.
+      rng: decides the order.
+
+    Raises:
+      UserError: more are wanted than there are.
+    """
+    if sum(wanted.values()) > len(pool):
+        raise UserError(
+            f"embedded task {task} sizes expected at most {len(pool)} rows over all splits (that many contents are distinct), "
+            f"got {sum(wanted.values())}; lower some"
+        )
+    rng.shuffle(pool)
+    parts = iter(pool)
+    return {split: list(itertools.islice(parts, size)) for split, size in wanted.items()}
+
+
+def write_rows(path: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as JSONL, whole or not at all."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -8,20 +8,19 @@ seed of the run draws in training and the file names for evaluation.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_jax.data import embedded
 from rlhf_jax.data.records import Message
 from rlhf_jax.envs import tool_calls
 from rlhf_jax.envs.calculator import NAME, Calculator
 from rlhf_jax.envs.guess import Guess
 from rlhf_jax.envs.protocol import Environment
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.files import write_whole
 
 FLAWED = 0.6  # share of demonstrations with the flaw
 SPLITS = {"sft": "sft.jsonl"} | {split: f"{split}_prompts.jsonl" for split in ("rl", "valid", "test")}
@@ -65,17 +64,7 @@ def write_task(
     Raises:
       UserError: an unknown task or split, a size below 1, or more rows than there are.
     """
-    if task not in SIZES:
-        raise UserError(f"embedded task expected one of {', '.join(SIZES)}, got {task!r}{nearest(task, SIZES)}; correct it")
-    if not 0 <= flawed <= 1:
-        raise UserError(f"embedded task {task} flawed expected a share between 0 and 1, got {flawed}; correct it")
-    wanted = dict(SIZES[task])
-    for split, size in (sizes or {}).items():
-        if split not in wanted:
-            raise UserError(f"embedded task {task} sizes expected a split, got {split!r}{nearest(split, wanted)}; correct it")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UserError(f"embedded task {task} size of {split} expected a positive whole number, got {size!r}; raise it")
-        wanted[split] = size
+    wanted = embedded.checked_sizes(task, SIZES, sizes, flawed)
     rng = random.Random(f"{task}-{seed}")
     rows = _calculator_rows(wanted, rng) if task == "calculator" else _guess_rows(wanted, rng)
     paths = {}
@@ -84,24 +73,15 @@ def write_task(
         if split == "sft":
             wrong = set(rng.sample(range(len(found)), round(flawed * len(found))))
             found = [_demonstration(task, row, role, rng, flawed=i in wrong) for i, row in enumerate(found)]
-        write_whole(paths[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        embedded.write_rows(paths[split], found)
     return paths
 
 
 def _calculator_rows(wanted: Mapping[str, int], rng: random.Random) -> dict[str, list[_Row]]:
     """Products of two-digit numbers with four digits, so that every row of a kind has its parts at the same places."""
     pool = [(a, b) for a in range(10, 100) for b in range(10, 100) if a * b >= 1000]
-    if sum(wanted.values()) > len(pool):
-        raise UserError(
-            f"embedded task calculator sizes expected at most {len(pool)} rows over all splits (that many contents are distinct), "
-            f"got {sum(wanted.values())}; lower some"
-        )
-    rng.shuffle(pool)
-    rows, begin = {}, 0
-    for split, size in wanted.items():
-        rows[split] = [{"prompt": f"What is {a}*{b}?", "answer": a * b} for a, b in pool[begin : begin + size]]
-        begin += size
-    return rows
+    parts = embedded.disjoint("calculator", pool, wanted, rng)
+    return {split: [{"prompt": f"What is {a}*{b}?", "answer": a * b} for a, b in part] for split, part in parts.items()}
 
 
 def _guess_rows(wanted: Mapping[str, int], rng: random.Random) -> dict[str, list[_Row]]:
