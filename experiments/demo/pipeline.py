@@ -8,7 +8,6 @@ samples with a noisy Bradley-Terry draw on gold, and evaluates. Stages that are 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pathlib
 import time
@@ -20,6 +19,7 @@ from absl import flags
 
 from rlhf_jax import data
 from rlhf_jax.checkpoint import CHECKPOINTS
+from rlhf_jax.cli.configs import load_config
 from rlhf_jax.data import embedded
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.eval import compare, preference
@@ -71,7 +71,7 @@ class Task:
 
     def train(self, stage: str, **changes: Any) -> float:
         """Trains a stage in its workdir; returns its wall-clock seconds, remembered over restarts."""
-        config = load_config(CONFIG[stage], "demo")
+        config = load_config(f"{ROOT}/configs/{CONFIG[stage]}.py:demo")
         config.seed = self.seed
         if self.scale < 1.0:
             config.run.steps = max(int(config.run.steps * self.scale), 3)
@@ -201,15 +201,6 @@ class Task:
 
 def _rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-
-
-def load_config(name: str, variant: str) -> Any:
-    """configs/NAME.py's get_config(variant)."""
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def begin(task: Task) -> tuple[dict[str, Any], dict[str, Any]]:

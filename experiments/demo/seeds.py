@@ -7,7 +7,6 @@ Writes experiments/demo/seeds.json (every number), gold.svg (the picture of the 
 
 from __future__ import annotations
 
-import base64
 import json
 import pathlib
 import statistics
@@ -22,17 +21,12 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 from rlhf_jax.report import curves
 from rlhf_jax.report.results import POLICY_STAGES, TITLES, read_results
+from rlhf_jax.report.table import spread
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of data, training and evaluation")
 flags.DEFINE_string("workdir", "runs/seeds", "one folder per seed goes in here")
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(task: str, runs: list[dict[str, Any]]) -> str:
@@ -80,7 +74,7 @@ def main(_: list[str]) -> None:
     kept = {task: [{k: v for k, v in run.items() if k != "samples"} for run in runs] for task, runs in by_task.items()}
     write_whole(HERE / "seeds.json", json.dumps(kept, indent=1) + "\n")
     picture = curves.gold_bars({task: averaged(runs) for task, runs in by_task.items()})
-    write_whole(HERE / "gold.svg", base64.b64decode(picture.split(",", 1)[1]).decode())
+    curves.save(picture, HERE / "gold.svg")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +25,7 @@ from rlhf_jax.envs.tasks import SIZES
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.files import write_whole
 from rlhf_jax.report.curves import read_metrics
+from rlhf_jax.report.table import spread
 from rlhf_jax.train.assemble import assemble
 from rlhf_jax.train.config import check
 from rlhf_jax.train.loop import train
@@ -88,7 +88,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| task | stage | score | truncated | own tokens per episode |", "|---|---|---|---|---|"]
     for (task, runs), stage in itertools.product(results.items(), ("sft", "grpo")):
         columns = [[run[stage][name] for run in runs] for name in METRICS]
-        cells = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c) if len(c) > 1 else 0:.3f}" for c in columns]
+        cells = [spread(column) for column in columns]
         lines.append(f"| {task} | {stage.upper()} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

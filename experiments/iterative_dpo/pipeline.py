@@ -9,10 +9,8 @@ samples: DPO going on over the first round's pairs. What is done is not done aga
 
 from __future__ import annotations
 
-import base64
 import json
 import pathlib
-import statistics
 import sys
 from typing import Any
 
@@ -27,6 +25,7 @@ from rlhf_jax.cli.main import script  # noqa: E402
 from rlhf_jax.eval import compare  # noqa: E402
 from rlhf_jax.files import write_whole  # noqa: E402
 from rlhf_jax.report import curves  # noqa: E402
+from rlhf_jax.report.table import spread  # noqa: E402
 
 ROUNDS = 3
 WAYS = {"new": "new samples each round", "same": "the first round's pairs again"}
@@ -75,12 +74,9 @@ def table(name: str, ways: dict[str, list[list[dict[str, float]]]]) -> str:
     """A Markdown table of one task: gold after each round and its gain over the round before, mean ± standard deviation over the seeds."""
     lines = [f"**{name}**", "", f"| | SFT | {' | '.join(f'round {n + 1}' for n in range(ROUNDS))} |", "|---|" + "---|" * (ROUNDS + 1)]
 
-    def cell(values: list[float], sign: str = "") -> str:
-        return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
-
     for way, runs in ways.items():
-        lines.append(f"| {WAYS[way]}: gold | {' | '.join(cell([run[n]['gold'] for run in runs]) for n in range(ROUNDS + 1))} |")
-        gains = [cell([run[n]["gold"] - run[n - 1]["gold"] for run in runs], "+") for n in range(1, ROUNDS + 1)]
+        lines.append(f"| {WAYS[way]}: gold | {' | '.join(spread([run[n]['gold'] for run in runs]) for n in range(ROUNDS + 1))} |")
+        gains = [spread([run[n]["gold"] - run[n - 1]["gold"] for run in runs], sign="+") for n in range(1, ROUNDS + 1)]
         lines.append(f"| gain of the round |  | {' | '.join(gains)} |")
     return "\n".join(lines)
 
@@ -105,7 +101,7 @@ def main(_: list[str]) -> None:
         for name, ways in found.items()
     }
     picture = curves.lines(points, x="round", y="gold on the test split, sampled")
-    write_whole(results / "rounds.svg", base64.b64decode(picture.split(",", 1)[1]).decode())
+    curves.save(picture, results / "rounds.svg")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ and frontier.svg, and prints the README's table.
 
 from __future__ import annotations
 
-import base64
 import json
 import pathlib
-import statistics
 import sys
 from typing import Any
 
@@ -28,6 +26,7 @@ from rlhf_jax.cli.main import script  # noqa: E402
 from rlhf_jax.eval import compare  # noqa: E402
 from rlhf_jax.files import write_whole  # noqa: E402
 from rlhf_jax.report import curves  # noqa: E402
+from rlhf_jax.report.table import spread  # noqa: E402
 
 EVERY = 20  # updates between two checkpoints that are judged
 ALGORITHMS: dict[str, dict[str, Any]] = {  # what each changes in its :demo config, so that all read the same scores
@@ -66,14 +65,11 @@ def table(name: str, measured: dict[str, list[list[dict[str, float]]]]) -> str:
     """A Markdown table of one task: mean ± standard deviation over the seeds."""
     lines = [f"**{name}**", "", "| | gold at the end | best gold of a run | KL at the end, nats | gold at KL ≤ 1 nat |", "|---|---|---|---|---|"]
 
-    def cell(values: list[float]) -> str:
-        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
-
     for algorithm, runs in measured.items():
         ends = [run[-1] for run in runs]
         near = [max(row["gold"] for row in run if row["kl"] <= 1.0) for run in runs]
         best = [max(row["gold"] for row in run) for run in runs]
-        cells = [cell(values) for values in ([row["gold"] for row in ends], best, [row["kl"] for row in ends], near)]
+        cells = [spread(values) for values in ([row["gold"] for row in ends], best, [row["kl"] for row in ends], near)]
         lines.append(f"| {NAMES[algorithm]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -98,7 +94,7 @@ def main(_: list[str]) -> None:
             for name, measured in found.items()
         }
         picture = curves.lines(points, x=label, y="gold on the test split, sampled")
-        write_whole(results / f"{file}.svg", base64.b64decode(picture.split(",", 1)[1]).decode())
+        curves.save(picture, results / f"{file}.svg")
 
 
 if __name__ == "__main__":

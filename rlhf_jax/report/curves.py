@@ -24,6 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_whole
 from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES
 
 COLOURS = {"sft": "#8792A5", "rm": "#8E63CE", "dpo": "#2F6FDE", "ppo": "#E07B39", "grpo": "#16936F", "grpo_gold": "#B8921C"}
@@ -147,6 +148,16 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=8.5, columnspacing=1.2, handletextpad=0.4)
         return _svg(figure)
+
+
+def save(picture: str, path: str | os.PathLike) -> None:
+    """Writes a picture as an SVG file.
+
+    Args:
+      picture: as the functions above give it.
+      path: the file.
+    """
+    write_whole(path, base64.b64decode(picture.split(",", 1)[1]).decode())
 
 
 def training_curves(runs: Mapping[str, str | os.PathLike]) -> str | None:

@@ -1,10 +1,12 @@
-"""The pipeline's result as a table for the terminal: a row per stage, a table per task, every column aligned.
+"""The pipeline's result as a table for the terminal: a row per stage, a table per task, every column aligned; and a cell of a table over seeds.
 
 The reward model has no responses of its own, so its row spans the columns with its accuracy and what length alone would reach.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.report.results import STAGES, TITLES
@@ -23,6 +25,18 @@ def terminal_table(results: dict[str, Any]) -> str:
       text without a trailing newline; lines of one table have the same width.
     """
     return "\n\n".join(task_table(task, stages) for task, stages in results["tasks"].items())
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """mean ± standard deviation of repeated measurements.
+
+    Args:
+      values: one or more; of one the deviation is 0.
+      digits: after the point.
+      sign: "+" writes that of a positive mean too.
+    """
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
 
 
 def task_table(task: str, stages: dict[str, Any]) -> str:
