@@ -6,9 +6,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import pytest
 
 from rlhf_jax.train.loop import train
+from rlhf_jax.train.programs import Programs
+from rlhf_jax.types import Rollout
 from tests.train.runs import tiny
 
 ONE = {"run.steps": 1, "validation.every": 0}
@@ -57,3 +60,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathli
         return folder / name
 
     return get
+
+
+@pytest.fixture
+def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
+    """Every rollout that a run advances by, without earlier rows."""
+    seen: list[Rollout] = []
+    advance = Programs.advance
+
+    def record(self: Programs, state: Any, batches: Any) -> Any:
+        found = advance(self, state, batches)
+        seen.append(jax.device_get(found[2]))
+        return found
+
+    monkeypatch.setattr(Programs, "advance", record)
+    return seen

@@ -39,21 +39,6 @@ def run(name: str, folder: pathlib.Path, changes: dict[str, Any]) -> Result:
     return train(tiny(name, {**SHORT, **changes}), str(folder))
 
 
-@pytest.fixture
-def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
-    """Every rollout that a run advances by."""
-    seen: list[Rollout] = []
-    advance = Programs.advance
-
-    def record(self: Programs, state: Any, batch: Any) -> Any:
-        found = advance(self, state, batch)
-        seen.append(jax.device_get(found[2]))
-        return found
-
-    monkeypatch.setattr(Programs, "advance", record)
-    return seen
-
-
 # --- the rollout ---
 
 

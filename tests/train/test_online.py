@@ -23,7 +23,6 @@ from rlhf_jax.saved import load_source
 from rlhf_jax.train.assemble import assemble
 from rlhf_jax.train.config import check
 from rlhf_jax.train.loop import Result, restore, train
-from rlhf_jax.train.programs import Programs
 from rlhf_jax.types import Rollout
 from tests.train.runs import metrics, outcome, rows, series, snapshot, tiny
 
@@ -57,21 +56,6 @@ def close(first: pathlib.Path, second: pathlib.Path) -> None:
     assert one.keys() == other.keys()
     for path, leaf in one.items():
         np.testing.assert_allclose(leaf, other[path], rtol=0, atol=1e-5, err_msg=path)
-
-
-@pytest.fixture
-def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
-    """Every rollout that a run advances by."""
-    seen: list[Rollout] = []
-    advance = Programs.advance
-
-    def record(self: Programs, state: Any, batch: Any) -> Any:
-        found = advance(self, state, batch)
-        seen.append(jax.device_get(found[2]))
-        return found
-
-    monkeypatch.setattr(Programs, "advance", record)
-    return seen
 
 
 @pytest.fixture(scope="module")

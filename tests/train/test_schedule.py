@@ -40,21 +40,6 @@ def vowels(prompts, responses, references):
 
 
 @pytest.fixture
-def handed_out(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
-    """Every rollout that a run advances by, without earlier rows."""
-    seen: list[Rollout] = []
-    advance = Programs.advance
-
-    def record(self: Programs, state: Any, batches: Any) -> Any:
-        found = advance(self, state, batches)
-        seen.append(jax.device_get(found[2]))
-        return found
-
-    monkeypatch.setattr(Programs, "advance", record)
-    return seen
-
-
-@pytest.fixture
 def importable(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "coarse.py").write_text(COARSE)
@@ -92,12 +77,12 @@ def slow(config: Any, ahead: int) -> tuple[list[Rollout], dict[str, np.ndarray]]
 
 
 @pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.slow), 2])
-def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: pathlib.Path, handed_out: list[Rollout]) -> None:
+def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
     """The tokens, versions and updates are those of the definition; ahead = 0 is the same loop without old weights."""
     config = tiny("grpo", {**FAST, **WEIGHED, "run.steps": 4, "schedule.ahead": ahead})
     train(config, str(tmp_path))
     expected, final = slow(config, ahead)
-    for found, wanted in zip(handed_out, expected, strict=True):
+    for found, wanted in zip(rollouts, expected, strict=True):
         np.testing.assert_array_equal(found.seqs.tokens, wanted.seqs.tokens)
         np.testing.assert_array_equal(found.version, wanted.version)
         np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-6)
@@ -156,7 +141,7 @@ def score(prompts, responses, references):
 # --- the rest of the schedule ---
 
 
-def test_refilled_batches_hold_groups_that_differ(tmp_path: pathlib.Path, importable: pathlib.Path, handed_out: list[Rollout]) -> None:
+def test_refilled_batches_hold_groups_that_differ(tmp_path: pathlib.Path, importable: pathlib.Path, rollouts: list[Rollout]) -> None:
     """Every prompt is used once in the order of the data, rounds after rounds; what is not kept is counted."""
     config = tiny("dapo", {**FAST, "run.steps": 3, "run.minibatches": 1, "schedule.refill": 2, "reward_fn": "coarse.vowels",
                            "sampling.max_new_tokens": 16, "run.batch_size": 16})
@@ -165,7 +150,7 @@ def test_refilled_batches_hold_groups_that_differ(tmp_path: pathlib.Path, import
     rounds, lines = [int(x) for x in series(tmp_path / "run", "rollout/rounds")], metrics(tmp_path / "run")
     assert max(rounds) > 1
     drawn = 0
-    for rolled, count, line in zip(handed_out, rounds, lines, strict=True):
+    for rolled, count, line in zip(rollouts, rounds, lines, strict=True):
         asked = [int(i) for number in range(drawn, drawn + count) for i in exp.batch(number).prompt_ids[::4]]
         drawn += count
         kept = [int(i) for i in rolled.prompt_ids[::4] if i >= 0]
@@ -181,10 +166,10 @@ def test_refilled_batches_hold_groups_that_differ(tmp_path: pathlib.Path, import
     assert int(state.online.cursor) == drawn == sum(rounds)
 
 
-def test_replayed_rows_are_weighed_and_counted(tmp_path: pathlib.Path, handed_out: list[Rollout]) -> None:
+def test_replayed_rows_are_weighed_and_counted(tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
     config = tiny("grpo", {**FAST, **WEIGHED, "run.steps": 4, "schedule.replay": 0.5, "schedule.capacity": 8})
     train(config, str(tmp_path))
-    assert [len(rolled.prompt_ids) for rolled in handed_out] == [4] * 4, "half the batch is sampled"
+    assert [len(rolled.prompt_ids) for rolled in rollouts] == [4] * 4, "half the batch is sampled"
     assert series(tmp_path, "rollout/replayed") == [0.0, 0.5, 0.5, 0.5]
     ages = series(tmp_path, "rollout/staleness")
     assert ages[:2] == [0.0, 0.5] and all(age in (0.5, 1.0) for age in ages[2:])
