@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -18,54 +17,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import checkpoint
 from rlhf_jax.checkpoint import Checkpointer, load_params, state_hash, tree_digest
 from rlhf_jax.errors import UserError
+from tests.checkpoints import abstract, data_files, flip_a_bit, mesh, params, restored, saved
 
 Pair = collections.namedtuple("Pair", "left right")
-
-
-def mesh(devices: int) -> Mesh:
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-
-
-def params(seed: int = 0) -> dict:
-    key = jax.random.key(seed)
-    return {"policy": {"w": jax.random.normal(key, (64, 64)), "b": jnp.arange(8, dtype=jnp.bfloat16)}}
-
-
-def abstract(tree, sharding=None):
-    """Shapes and dtypes of `tree`; vectors and matrices on `sharding`, scalars replicated there."""
-
-    def leaf(x):
-        if sharding is None:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        spec = sharding.spec if x.ndim else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, spec))
-
-    return jax.tree.map(leaf, tree)
-
-
-def saved(directory, steps=(1,), every=1, keep=5) -> pathlib.Path:
-    """Steps whose parameters are seeded with the step."""
-    with Checkpointer(directory, every=every, keep=keep) as saver:
-        for step in steps:
-            assert saver.save(step, {"params": params(step), "rest": {"step": jnp.int32(step)}}, {"seed": step})
-    return pathlib.Path(directory)
-
-
-def restored(directory):
-    with Checkpointer(directory, every=1, keep=5) as saver:
-        return saver.restore_latest({"params": abstract(params())})
-
-
-def data_files(step: pathlib.Path) -> list[pathlib.Path]:
-    """Orbax keeps values in content-named files under `d/`, some of them superseded: damage reaches all."""
-    files = [path for path in (step / "params").rglob("d/*") if path.is_file()]
-    assert files
-    return files
 
 
 # --- round trips ---
@@ -180,14 +139,6 @@ def test_bad_options(tmp_path, options):
 
 
 # --- damage ---
-
-
-def flip_a_bit(step):
-    """In the values, not in the B-tree nodes, which carry a CRC."""
-    for path in (path for path in data_files(step) if path.stat().st_size > 4096):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 16
-        path.write_bytes(content)
 
 
 def truncate(step):
@@ -342,119 +293,6 @@ def test_a_failed_background_write_surfaces(tmp_path, monkeypatch, surface):
         assert saver.save(4, {"params": params(4)}, {}), "after making room, saving goes on"
         saver.close()
     assert restored(tmp_path)[0] == (1 if surface == "close" else 4)
-
-
-# --- load_params ---
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    saved(workdir / "checkpoints", steps=[10, 20])
-    saved(workdir / "best", steps=[15], keep=1)
-    return workdir
-
-
-@pytest.mark.parametrize(
-    "path, which, seed",
-    [
-        ("", "latest", 20),
-        ("", "best", 15),
-        ("", 10, 10),
-        ("", 15, 15),
-        ("checkpoints", "latest", 20),
-        ("checkpoints", "best", 15),
-        ("checkpoints", 10, 10),
-        ("checkpoints/10", "latest", 10),
-        ("best", "latest", 15),
-        ("best/15", "latest", 15),
-    ],
-)
-def test_load_params_finds_the_step(run, path, which, seed):
-    loaded, meta = load_params(run / path, key="config.init_from", which=which)
-    folder = run / ("best" if seed == 15 else "checkpoints") / str(seed)
-    assert len(meta.pop("fingerprint")) == 64 and meta == {"seed": seed, "checkpoint": str(folder.resolve())}
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(loaded))
-    assert jax.tree.structure(loaded) == jax.tree.structure(params()) and state_hash(loaded) == state_hash(params(seed))
-
-
-def test_load_params_onto_shardings(run):
-    target = NamedSharding(mesh(4), PartitionSpec("data"))
-    loaded, _ = load_params(run, key="config.init_from", abstract=abstract(params(), target))
-    assert state_hash(loaded) == state_hash(params(20)) and loaded["policy"]["w"].sharding.is_equivalent_to(target, 2)
-
-
-def test_load_params_keeps_empty_dicts_odd_names_and_keys(tmp_path):
-    tree = {"a.b": {"c/d": np.ones(2), "~2": np.zeros(1)}, "none": None, "empty": {}, "key": jax.random.key(3), "z": np.zeros((0, 2))}
-    with Checkpointer(tmp_path, every=1, keep=1) as saver:
-        saver.save(1, {"params": tree}, {})
-    loaded, _ = load_params(tmp_path, key="config.init_from")
-    assert jax.tree.structure(loaded) == jax.tree.structure(tree) and state_hash(loaded) == state_hash(tree)
-
-
-def test_load_params_says_what_it_looked_for(run, tmp_path):
-    with pytest.raises(UserError, match=r"config\.reference_from = .*nowhere.* does not exist \(looked for .*nowhere/checkpoints"):
-        load_params(tmp_path / "nowhere", key="config.reference_from")
-    with pytest.raises(UserError, match=r"config\.reward_from = .* holds no such checkpoint \(looked for .*best"):
-        load_params(tmp_path, key="config.reward_from", which="best")
-    with pytest.raises(UserError, match=r"config\.init_from.*checkpoints/99"):
-        load_params(run, key="config.init_from", which=99)
-
-
-def test_load_params_refuses_damage_misfits_and_other_items(tmp_path):
-    saved(tmp_path / "checkpoints", steps=[1, 2])
-    flip_a_bit(tmp_path / "checkpoints" / "2")
-    for target in (None, abstract(params())):
-        with pytest.raises(UserError, match=r"config\.init_from.*2 is damaged"):
-            load_params(tmp_path, key="config.init_from", abstract=target)
-    assert (tmp_path / "checkpoints" / "2").exists(), "another run's folder is not ours to change"
-    with pytest.raises(UserError, match=r"config\.init_from.*policy/w has shape \(64, 64\) in the checkpoint and \(4, 4\) here"):
-        load_params(tmp_path, key="config.init_from", which=1, abstract={"policy": {"w": jnp.zeros((4, 4)), "b": params()["policy"]["b"]}})
-    with Checkpointer(tmp_path / "other", every=1, keep=1) as saver:
-        saver.save(1, {"rest": params()}, {})
-    with pytest.raises(UserError, match=r"no item 'params', only \['rest'\]"):
-        load_params(tmp_path / "other", key="config.init_from")
-
-
-# --- digests ---
-
-
-def test_digests_tell_values_dtypes_shapes_paths_and_keys_apart():
-    base = {"x": jnp.zeros(4), "key": jax.random.key(0)}
-    others = [
-        {"x": jnp.zeros(4).at[2].set(-0.0), "key": jax.random.key(0)},
-        {"x": jnp.zeros(4, jnp.int32), "key": jax.random.key(0)},
-        {"x": jnp.zeros((2, 2)), "key": jax.random.key(0)},
-        {"y": jnp.zeros(4), "key": jax.random.key(0)},
-        {"x": jnp.zeros(4), "key": jax.random.key(1)},
-        {"x": jnp.zeros(4), "key": jax.random.key_data(jax.random.key(0))},
-    ]
-    assert set(tree_digest(base)) == {"x", "key"}
-    assert state_hash(base) == state_hash(
-        {"key": jax.random.key(0), "x": np.zeros(4, np.float32)}
-    )
-    assert len({state_hash(t) for t in [base, *others]}) == len(others) + 1
-
-
-def test_nan_payloads_are_part_of_the_state():
-    quiet, other = (np.array([bits], np.uint32).view(np.float32) for bits in (0x7FC00000, 0x7FC00001))
-    assert state_hash({"x": quiet}) != state_hash({"x": other})
-
-
-class Twins:
-    """A node whose two children have the same printed key."""
-
-
-jax.tree_util.register_pytree_with_keys(
-    Twins,
-    lambda _: (((jax.tree_util.DictKey(1), np.ones(1)), (jax.tree_util.DictKey("1"), np.zeros(1))), None),
-    lambda _, children: Twins(),
-)
-
-
-def test_ambiguous_paths_are_refused():
-    with pytest.raises(ValueError, match="share the path 'x/1'"):
-        tree_digest({"x": Twins()})
 
 
 # --- killed ---
