@@ -29,6 +29,9 @@ RULES: dict[str, MeshAxes] = {
     "vocab": "tensor",
     "norm": None,
     "expert": "expert",
+    # Of activations where an array that is split over `fsdp` is met as it lies, in the place of being gathered:
+    "beside_fsdp": ("data", "expert"),  # rows
+    "vocab_fsdp": ("tensor", "fsdp"),
 }
 
 

@@ -23,6 +23,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import masking, rows, vocab
 from rlhf_jax.ops.backends import JOINED_BELOW, UNROLLING
+from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
 VocabFunction = Callable[..., Array]
@@ -305,13 +306,19 @@ def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, s
 def _chunked(config: ModelConfig, params: PyTree, hidden: Array, target: Array, extra: Mapping[str, Array],
              functions: tuple[VocabFunction, ...], temperature: float) -> dict[str, Array]:
     """`functions` of the logits, [B, R] each, `logits_chunk` positions at a time and recomputed in the backward pass."""
+    params, split_head = transformer.by_vocabulary(config, params, target.size)
 
     def evaluate(chunk: Any) -> dict[str, Array]:
         h, t, along = chunk
+        if split_head:
+            h, t = constrain(h, ("beside_fsdp", None, None)), constrain(t, ("beside_fsdp", None))
         logits = transformer.unembed(config, params, h)
+        if split_head:
+            logits = constrain(logits, ("beside_fsdp", None, "vocab_fsdp"))
         if temperature != 1.0:
             logits = logits / temperature
-        return {f.__name__: f(logits, t, **along) for f in functions}
+        out = {f.__name__: f(logits, t, **along) for f in functions}
+        return {name: constrain(x, ("batch", None)) for name, x in out.items()}
 
     length, size = target.shape[1], config.logits_chunk
     if size == 0 or length <= size:

@@ -24,7 +24,7 @@ from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.cache import empty as empty_cache  # noqa: F401  asked for here, beside `cached`
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
-from rlhf_jax.ops.partition import constrain
+from rlhf_jax.ops.partition import constrain, parts
 from rlhf_jax.types import Array, PyTree
 
 
@@ -52,9 +52,11 @@ class Ends(nn.Module):
             self.value_head = Scalar(0.0, bias=True, param_dtype=dtype)
 
     def embed(self, tokens: Array, positions: Array) -> Array:
-        """The table is gathered before the lookup: an FSDP-sharded lookup would cost an all-to-all per step."""
+        """Every device looks its features of all tokens up: an all-to-all of activations, in the place of gathering a table that is larger, and of a
+        sum of its gradient over all devices."""
         c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        x = constrain(self.embedding, (None, None))[tokens].astype(dtype)
+        x = constrain(self.embedding, (None, "embed"))[constrain(tokens, ("beside_fsdp", None))].astype(dtype)
+        x = constrain(x, ("beside_fsdp", None, "embed"))
         if c.scaled_embedding:
             x = x * jnp.asarray(c.hidden**0.5, dtype)
         if c.position == "learned":
@@ -239,6 +241,22 @@ def unembed(config: ModelConfig, params: PyTree, hidden: Array) -> Array:
     """
     chex.assert_axis_dimension(hidden, -1, config.hidden)
     return _ends(config, params, "unembed", hidden)
+
+
+def by_vocabulary(config: ModelConfig, params: PyTree, positions: int) -> tuple[PyTree, bool]:
+    """The parameters with the output matrix split over the vocabulary on all devices that share rows' parameters, and whether it is: logits are made
+    where their column lies, from hidden states that are gathered, and only sums over the vocabulary travel.
+
+    Args:
+      config: the network.
+      params: its parameters.
+      positions: hidden states that one group of such devices reads; more of them than columns, and the matrix is gathered instead.
+    """
+    chex.assert_rank(params["ends"]["embedding"], 2)
+    if parts("embed") == 1 or config.vocab_size % parts("vocab_fsdp") or positions // parts("beside_fsdp") > config.vocab_size:
+        return params, False
+    name, axes = ("embedding", ("vocab_fsdp", None)) if config.tied else ("lm_head", (None, "vocab_fsdp"))
+    return {**params, "ends": {**params["ends"], name: constrain(params["ends"][name], axes)}}, True
 
 
 def scalar(config: ModelConfig, params: PyTree, hidden: Array, head: str) -> Array:

@@ -48,6 +48,16 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def parts(name: str) -> int:
+    """Over how many devices a logical axis is split; 1 outside `axis_rules`.
+
+    Args:
+      name: of the rules.
+    """
+    context = _context.get()
+    return 1 if context is None else _size(context[0], context[1][name])
+
+
 Names = tuple[str | None, ...]
 
 
