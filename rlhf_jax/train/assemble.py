@@ -32,6 +32,20 @@ from rlhf_jax.train.start import Start
 from rlhf_jax.types import PyTree
 
 
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What a run is assembled of. The default opens files and places arrays on the devices here; compile.outline has shapes alone."""
+
+    source: Callable[..., Source] = load_source
+    place: Callable[[PyTree, ModelConfig, Mesh], PyTree] = place
+    datasets: Callable[..., tuple[Any, Any, Any]] | None = None  # None: `datasets`
+    mesh: Mesh | None = None  # None: config.mesh over the devices here
+    real: bool = True  # the networks are arrays, not their shapes
+
+
+HERE = Site()
+
+
 @dataclasses.dataclass
 class Experiment:
     """Everything that stays fixed while a run trains, and how to make its first state."""
@@ -172,36 +186,39 @@ def _trained_networks(config: Mapping[str, Any], model: ModelConfig, init: Sourc
     return configs, {name: source.for_adapters(configs[name].lora).params for name, source in sources.items() if source}
 
 
-def _frozen_networks(model: ModelConfig, reward: Source | None, reference: Source | None, mesh: Mesh) -> tuple[PyTree, dict[str, ModelConfig]]:
+def _frozen_networks(model: ModelConfig, reward: Source | None, reference: Source | None, mesh: Mesh, site: Site
+                     ) -> tuple[PyTree, dict[str, ModelConfig]]:
     """Networks that come whole from a checkpoint: {"reward": …, "ref": …} on their shardings, and their configurations."""
     configs, trees = {}, {}
     for name, source, outputs in (("reward", reward, ("score",)), ("ref", reference, ("lm",))):
         if source is not None:
             configs[name] = _like(source.config, model, outputs)
-            trees[name] = place(source.params, configs[name], mesh)
+            trees[name] = site.place(source.params, configs[name], mesh)
     return trees, configs
 
 
-def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
+def assemble(config: Mapping[str, Any], objective: Objective, site: Site = HERE) -> Experiment:
     """Opens and builds everything; nothing is written but prepared data.
 
     Args:
       config: checked (train.config.check).
       objective: bound.
+      site: where from and where to.
 
     Raises:
       UserError: a file, checkpoint, tokenizer or mesh that does not fit.
     """
-    distributed.initialize(config["mesh"]["multihost"])  # before anything asks JAX for its devices
+    if site.real:
+        distributed.initialize(config["mesh"]["multihost"])  # before anything asks JAX for its devices
     online = config["data"]["kind"] == "prompt"
-    init, tokenizer, template = text_side(config)
+    init, tokenizer, template = text_side(config, site.source)
     model = _architecture(config, tokenizer, init)
     reference, cached = None, references.is_references(config["reference_from"])
     if config["reference_from"] not in ("", "init") and not cached:
-        reference = _policy(load_source(config["reference_from"], "config.reference_from"), "config.reference_from")
+        reference = _policy(site.source(config["reference_from"], "config.reference_from"), "config.reference_from")
         if not reference.reader("config.reference_from").reads_like(tokenizer):
             raise UserError(f"config.reference_from = {reference.path!r} reads another tokenizer than this run's")
-    reward = load_source(config["reward_from"], "config.reward_from") if online and config["reward_from"] else None
+    reward = site.source(config["reward_from"], "config.reward_from") if online and config["reward_from"] else None
     if reward is not None and reward.network != "reward":
         raise UserError(f"config.reward_from = {reward.path!r} is a {reward.network} checkpoint: name a reward model's run")
     if reward is not None and reward.reader("config.reward_from").digest == tokenizer.digest:
@@ -209,22 +226,22 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
         if longest > reward.config.context:
             raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {longest} exceeds the context of {reward.config.context} "
                             f"that config.reward_from = {reward.path!r} was trained with")
-    rewards = reward_networks.load(config, tokenizer, model) if online else {}
+    rewards = reward_networks.load(config, tokenizer, model, site.source) if online else {}
     critic = None
     if online and config["critic"]["kind"] == "separate" and config["critic"]["init_from"] not in ("", "policy"):
-        critic = load_source(config["critic"]["init_from"], "config.critic.init_from")
+        critic = site.source(config["critic"]["init_from"], "config.critic.init_from")
         if not critic.reader("config.critic.init_from").reads_like(tokenizer):
             raise UserError(f"config.critic.init_from = {critic.path!r} reads another tokenizer than the policy: choose 'policy' or ''")
     elif online and config["critic"]["init_from"] == "policy":
         critic = init
 
-    train_data, valid_data, ptx_data = datasets(config, tokenizer, template)
+    train_data, valid_data, ptx_data = (site.datasets or datasets)(config, tokenizer, template)
     for name, one in (("train", train_data), ("valid", valid_data)):
         if cached and one is not None:
             references.attach(one.prepared, config["reference_from"], "config.reference_from", f"config.data.{name}")
     steps = config["run"]["steps"] or train_data.batches_for(config["run"]["data_epochs"], config["seed"])
 
-    mesh = distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
+    mesh = site.mesh or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
     per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
@@ -235,13 +252,13 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
                         f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
 
     configs, loaded = _trained_networks(config, model, init, critic)
-    frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh)
-    frozen |= reward_networks.placed(rewards, mesh)
+    frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh, site)
+    frozen |= reward_networks.placed(rewards, mesh, site.place)
     sampled: Mapping[str, Any] = config["sampling"] if online else {"temperature": 1.0, "cache": "same"}
     spec = NetworkSpec(**configs, **frozen_configs, temperature=sampled["temperature"], cache=sampled["cache"])
     plan, updates = schedule.of(config), config["run"]["epochs"] * config["run"]["minibatches"]
     tx, rate = optimizers.build(config["optimizer"], steps * updates, critic_first=plan.critic_only > 0)
-    start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen)
+    start = Start(config, objective, spec, tx, configs, loaded, mesh, frozen, real=site.real)
     frozen |= start.frozen(reference_is_start=config["reference_from"] == "init" and not plan.refresh)
     return Experiment(
         config=config, objective=objective, spec=spec, tokenizer=tokenizer, template=template, mesh=mesh, optimizer=tx, rate=rate, steps=steps,
@@ -251,17 +268,18 @@ def assemble(config: Mapping[str, Any], objective: Objective) -> Experiment:
     )
 
 
-def text_side(config: Mapping[str, Any]) -> tuple[Source | None, Tokenizer, ChatTemplate]:
+def text_side(config: Mapping[str, Any], opened: Callable[..., Source] = load_source) -> tuple[Source | None, Tokenizer, ChatTemplate]:
     """The initial checkpoint, None without one, and the tokenizer and chat template that the run reads its data with.
 
     Args:
       config: checked.
+      opened: `load_source`, or what stands for it.
 
     Raises:
       UserError: a checkpoint or a tokenizer that does not fit.
     """
     more = config["model"]["add_tokens"]
-    init = load_source(config["init_from"], "config.init_from", grows=bool(more)) if config["init_from"] else None
+    init = opened(config["init_from"], "config.init_from", grows=bool(more)) if config["init_from"] else None
     if init is not None and more:
         init = init.with_tokens(hf_tokenizer.add_tokens(init.reader("config.init_from"), more).tokenizer)
     if init is not None and config["network"] == "policy":

@@ -149,11 +149,12 @@ def plain(config: Any) -> dict[str, Any]:
     return {key: plain(value) if isinstance(value, Mapping) else value for key, value in config.items()}
 
 
-def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
+def check(config: Any, *, files: bool = True) -> tuple[dict[str, Any], objectives.Objective]:
     """The config as plain checked dicts, and its objective, bound.
 
     Args:
       config: what a `get_config()` returned.
+      files: whether the data and checkpoints that it names must be here; not for a run that is planned for other machines.
 
     Raises:
       UserError: the first mistake found, with its key, value and remedy.
@@ -183,7 +184,8 @@ def check(config: Any) -> tuple[dict[str, Any], objectives.Objective]:
     _check_needs(c, objective, online)
     if online:
         schedule.check(c, objective)
-    _check_files(c)
+    if files:
+        _check_files(c)
     return c, objective
 
 
@@ -259,8 +261,6 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
         raise UserError("config.validation.every is set but config.data.valid is empty: name a validation file, or set every = 0")
     if c["tokenizer"]["kind"] == "inherit" and not c["init_from"]:
         raise UserError("config.tokenizer.kind = 'inherit' needs config.init_from, whose tokenizer it takes")
-    if c["tokenizer"]["kind"] == "file" and not os.path.exists(c["tokenizer"]["path"]):
-        raise UserError(f"config.tokenizer.path = {c['tokenizer']['path']!r}: no such file; name a tokenizer.json")
     if not online:
         if data["max_length"] > model.context:
             raise UserError(f"config.data.max_length = {data['max_length']} exceeds config.model.context = {model.context}")
@@ -345,6 +345,8 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
 
 
 def _check_files(c: Mapping[str, Any]) -> None:
+    if c["tokenizer"]["kind"] == "file" and not os.path.exists(c["tokenizer"]["path"]):
+        raise UserError(f"config.tokenizer.path = {c['tokenizer']['path']!r}: no such file; name a tokenizer.json")
     files = {"data.train": c["data"]["train"], "data.valid": c["data"]["valid"]} | ({"ptx.train": c["ptx"]["train"]} if "ptx" in c else {})
     for key, path in files.items():
         if not path and key != "data.valid":

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,12 +65,12 @@ class Programs:
             self._episodes = Episodes(exp, filters, forked=forked) if exp.environment else None
             self._rewards = Rewards(exp) if exp.scored and self._episodes is None else None
             self.rollouts = Rollouts(exp, contested, self._rewards, self._episodes)
-            if self._fused:
+            if self.fused:
                 step = online.fuse(contested, self._rewards.score if self._rewards else None, step)
             if plan.refresh:
                 step = online.refreshed(step, plan.refresh)
                 shardings = shardings.replace(online=Online(reference=shardings.params["policy"]))
-        out = (shardings, None, None) if self._fused else (shardings, None)
+        out = (shardings, None, None) if self.fused else (shardings, None)
         self._step = sharding.jit(self._counted(step), exp.mesh, donate=(0,), out_shardings=out)
 
     def advance(self, state: TrainState, batches: Iterator[PyTree]) -> tuple[TrainState, dict[str, Mean], Rollout | None]:
@@ -78,10 +79,10 @@ class Programs:
         if self.rollouts is None:
             state, metrics = self._step(state, frozen, next(batches))
             return state, metrics, None
-        if self._fused:
+        if self.fused:
             return self._step(state, frozen, next(batches))
         rolled, found, kept = self.rollouts.take(state, batches)
-        state, metrics = self._step(_for_step(state), frozen, rolled)
+        state, metrics = self._step(for_step(state), frozen, rolled)
         if kept is not None:
             state = state.replace(online=kept.replace(reference=state.online.reference if state.online else None))
         return state, {**metrics, **found}, self.rollouts.fresh
@@ -130,18 +131,29 @@ class Programs:
         """
         exp, state = self.exp, self.abstract()
         where = sharding.row_sharding(exp.mesh)
-        batch = self.rollouts.handed_out(state) if self.rollouts is not None and not self._fused else _shapes(exp.batch(0), where)
-        self._step.eval_shape(_for_step(state), exp.frozen, batch)
+        batch = self.rollouts.handed_out(state) if self.rollouts is not None and not self.fused else shapes(exp.batch(0), where)
+        self._step.eval_shape(for_step(state), exp.frozen, batch)
         if exp.valid_data is None:
             return set()
         if exp.scored:
             return {f"eval/{name}" for name in ONLINE_VALIDATION}
-        held_out = _shapes(next(iter(exp.valid_data.eval_batches())), where)
+        held_out = shapes(next(iter(exp.valid_data.eval_batches())), where)
         found = self._validate.eval_shape(state.params, state.opt_state, state.carry, self._frozen(state), state.key, held_out)
         return {f"eval/{name}" for name in found}
 
     @property
-    def _fused(self) -> bool:
+    def step(self) -> Any:
+        """The jitted `(state, frozen, batch) -> (state, metrics[, rollout])` that trains: the step, or a whole iteration."""
+        return self._step
+
+    @property
+    def rewards(self) -> Rewards | None:
+        """What scores completions, outside environments."""
+        return self._rewards
+
+    @property
+    def fused(self) -> bool:
+        """Whether rollout, scores and step are one program."""
         if not self.exp.online or self._episodes is not None or schedule.of(self.exp.config).staged:
             return False
         return (self._rewards is None or self._rewards.pure) and self.exp.config["fused"]
@@ -236,13 +248,23 @@ class Programs:
         return sharding.jit(read, self.exp.mesh)
 
 
-def _shapes(batch: PyTree, where: NamedSharding) -> PyTree:
-    """This host's rows of a batch as the shapes of the global one."""
+def shapes(batch: PyTree, where: NamedSharding) -> PyTree:
+    """This host's rows of a batch as the shapes of the global one.
+
+    Args:
+      batch: leaves [B_host, …].
+      where: of the leading axis.
+    """
     _, hosts = distributed.host()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=where), batch)
 
 
-def _for_step(state: TrainState) -> TrainState:
-    """The state as the update takes it: rollouts in flight and memory stay behind, undonated."""
+def for_step(state: TrainState) -> TrainState:
+    """The state as the update takes it: rollouts in flight and memory stay behind, undonated.
+
+    Args:
+      state: the run's, or its shapes.
+    """
+    chex.assert_rank(state.batch_index, 0)
     online = state.online
     return state.replace(online=Online(reference=online.reference) if online is not None and online.reference is not None else None)

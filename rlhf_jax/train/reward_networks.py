@@ -7,7 +7,7 @@ frozen network.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -31,13 +31,15 @@ class RewardNetwork:
     config: ModelConfig  # as it runs here
 
 
-def load(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) -> dict[str, dict[str, RewardNetwork]]:
+def load(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig, opened: Callable[..., Source] = load_source
+         ) -> dict[str, dict[str, RewardNetwork]]:
     """{label: {"reward": …} or {"policy": …, "reference": …}} of the entries that are networks.
 
     Args:
       config: checked.
       tokenizer: the policy's.
       model: the policy, whose precision and layout they run with.
+      opened: `load_source`, or what stands for it.
 
     Raises:
       UserError: a checkpoint that cannot serve.
@@ -45,16 +47,17 @@ def load(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) ->
     found = {}
     for entry in parse(config["rewards"]):
         if entry.name == "learned":
-            found[entry.share.label] = {"reward": _network(entry, "run", "reward", tokenizer, model, config)}
+            found[entry.share.label] = {"reward": _network(entry, "run", "reward", tokenizer, model, config, opened)}
         elif entry.name == "implicit":
             roles = (("run", "policy"), ("reference", "reference"))
-            found[entry.share.label] = {role: _network(entry, key, role, tokenizer, model, config) for key, role in roles}
+            found[entry.share.label] = {role: _network(entry, key, role, tokenizer, model, config, opened) for key, role in roles}
     return found
 
 
-def _network(entry: Entry, key: str, role: str, tokenizer: Tokenizer, model: ModelConfig, config: Mapping[str, Any]) -> RewardNetwork:
+def _network(entry: Entry, key: str, role: str, tokenizer: Tokenizer, model: ModelConfig, config: Mapping[str, Any],
+             opened: Callable[..., Source]) -> RewardNetwork:
     where = f"{entry.key}.{key}"
-    source = load_source(entry.parameters[key], where)
+    source = opened(entry.parameters[key], where)
     if (source.network == "reward") != (role == "reward"):
         wanted = "a reward model's run" if role == "reward" else "a policy's run"
         raise UserError(f"{where} = {source.path!r} is a {source.network} checkpoint: name {wanted}")
@@ -69,12 +72,13 @@ def _network(entry: Entry, key: str, role: str, tokenizer: Tokenizer, model: Mod
     return RewardNetwork(source, dataclasses.replace(source.config, **runtime, outputs=OUTPUTS[role]))
 
 
-def placed(networks: Mapping[str, Mapping[str, RewardNetwork]], mesh: Mesh) -> PyTree:
+def placed(networks: Mapping[str, Mapping[str, RewardNetwork]], mesh: Mesh, put: Callable[[PyTree, ModelConfig, Mesh], PyTree] = place) -> PyTree:
     """What goes into `frozen` beside the other networks: {"rewards": {label: {role: parameters}}}, {} without any.
 
     Args:
       networks: from `load`.
       mesh: where.
+      put: saved.place, or what stands for it.
     """
-    trees = {label: {role: place(one.source.params, one.config, mesh) for role, one in roles.items()} for label, roles in networks.items()}
+    trees = {label: {role: put(one.source.params, one.config, mesh) for role, one in roles.items()} for label, roles in networks.items()}
     return {"rewards": trees} if trees else {}

@@ -55,7 +55,7 @@ class Rollouts:
         self._group = exp.config["sampling"]["group_size"]
         self._where = sharding.row_sharding(exp.mesh)
         whole = sharding.replicated(exp.mesh)
-        self._plain = sharding.jit(draw, exp.mesh)
+        self.draw = sharding.jit(draw, exp.mesh)
         self._numbered = sharding.jit(functools.partial(_numbered, draw), exp.mesh, out_shardings=(self._where, whole))
         filled = tuple(self._where if name == "batch" else whole for name in refill.Filled._fields)
         fill = functools.partial(refill.fill, size=self._group)
@@ -138,7 +138,7 @@ class Rollouts:
         if self._episodes is not None:
             self._episodes.trace(*drawn)
             return self._episodes.abstract(prompts)
-        rolled = self._plain.eval_shape(*drawn)
+        rolled = self.draw.eval_shape(*drawn)
         if scored and self._rewards is not None:
             rolled = self._rewards.shapes(rolled)
         return rolled
@@ -224,7 +224,7 @@ class Rollouts:
     def _draw(self, state: TrainState, cursor: Array | None, batches: Iterator[Prompts]) -> tuple[Rollout, Array | None]:
         prompts, frozen = next(batches), self.frozen(state)
         if cursor is None:
-            return self._plain(state.params, frozen, prompts, state.key, state.batch_index), None
+            return self.draw(state.params, frozen, prompts, state.key, state.batch_index), None
         return self._numbered(state.params, frozen, prompts, state.key, cursor, state.batch_index)
 
     def _scored(self, state: TrainState, rolled: Rollout, reading: concurrent.futures.Future[Reading] | None) -> tuple[Rollout, Metrics]:

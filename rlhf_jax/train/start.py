@@ -104,14 +104,16 @@ class Start:
       loaded: canonical parameters, read or not, of those that start from a checkpoint.
       mesh: where.
       frozen: networks that never train, on their shardings.
+      real: False: `frozen` gives shapes, and there is no first state.
 
     Raises:
       UserError: nothing would train, or a checkpoint does not fit.
     """
 
     def __init__(self, config: Mapping[str, Any], objective: Objective, spec: NetworkSpec, tx: optax.GradientTransformation,
-                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh, frozen: Mapping[str, PyTree]) -> None:
-        self.mesh, self._config, self._configs, adapters = mesh, config, configs, config["lora"]["rank"] > 0
+                 configs: Mapping[str, ModelConfig], loaded: Mapping[str, PyTree], mesh: Mesh, frozen: Mapping[str, PyTree], *,
+                 real: bool = True) -> None:
+        self._real, self.mesh, self._config, self._configs, adapters = real, mesh, config, configs, config["lora"]["rank"] > 0
         shapes = jax.eval_shape(functools.partial(self._draw, configs))
         leaves = {
             name: layout.to_runtime(adopt(layout.to_canonical(tree), loaded[name], configs[name]), configs[name].unit) if name in loaded
@@ -157,6 +159,8 @@ class Start:
 
     def _made(self, leaves: PyTree, shapes: PyTree, where: PyTree) -> PyTree:
         """The leaves on their shardings: read from the checkpoint, or drawn."""
+        if not self._real:
+            return jax.tree.map(sharding.placed, shapes, where)
         found, treedef = jax.tree_util.tree_flatten_with_path(leaves)
         wanted = list(zip(found, jax.tree.leaves(shapes), jax.tree.leaves(where), strict=True))
         missing = [(path, shape, at) for (path, leaf), shape, at in wanted if leaf is DRAWN]

@@ -122,20 +122,14 @@ def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state
     return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, counted)
 
 
-def make_step(
+def make_update(
     objective: Any, spec: NetworkSpec, optimizer: optax.GradientTransformation, rate: Callable[[Array], Array], *, microbatches: int,
-    epochs: int, minibatches: int, critic_only: int = 0,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
-    """The train step of an objective, a pure function to be jitted with its shardings (sharding.jit).
+    critic_only: int = 0,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`(state, frozen, prepared batch) -> (state, metrics)`: one step of the optimizer.
 
     Args:
-      objective: from objectives.bind.
-      spec: the networks' static part.
-      optimizer, rate: from train.optimizer.build.
-      microbatches: gradient accumulation within an update.
-      epochs: passes over the batch.
-      minibatches: updates per pass; with more than one, rows are shuffled anew in each pass, groups that share a prompt as one.
-      critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it).
+      objective, spec, optimizer, rate, microbatches, critic_only: as in `make_step`.
     """
 
     def update(state: TrainState, frozen: PyTree, batch: PyTree, passes: Passes | None = None) -> tuple[TrainState, Metrics]:
@@ -155,6 +149,45 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
+    return update
+
+
+def make_prepare(objective: Any, spec: NetworkSpec, chunks: int) -> Callable[..., tuple[PyTree, PyTree, Metrics]]:
+    """`(state, frozen, batch) -> (prepared batch, carry, metrics)`: the reference's log-probs, then the objective's `prepare`.
+
+    Args:
+      objective, spec: as in `make_step`.
+      chunks: microbatches × minibatches, one forward pass each.
+    """
+
+    def prepare(state: TrainState, frozen: PyTree, batch: PyTree, passes: Passes | None = None) -> tuple[PyTree, PyTree, Metrics]:
+        nets = Networks(state.params, frozen, spec, row_chunks=chunks, passes=passes)
+        batch = fill_reference(nets, rows.divisible(batch, chunks))
+        key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
+        found: tuple[PyTree, PyTree, Metrics] = objective.prepare(nets, batch, state.carry, key)
+        return found
+
+    return prepare
+
+
+def make_step(
+    objective: Any, spec: NetworkSpec, optimizer: optax.GradientTransformation, rate: Callable[[Array], Array], *, microbatches: int,
+    epochs: int, minibatches: int, critic_only: int = 0,
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
+    """The train step of an objective, a pure function to be jitted with its shardings (sharding.jit).
+
+    Args:
+      objective: from objectives.bind.
+      spec: the networks' static part.
+      optimizer, rate: from train.optimizer.build.
+      microbatches: gradient accumulation within an update.
+      epochs: passes over the batch.
+      minibatches: updates per pass; with more than one, rows are shuffled anew in each pass, groups that share a prompt as one.
+      critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it).
+    """
+    update = make_update(objective, spec, optimizer, rate, microbatches=microbatches, critic_only=critic_only)
+    prepare = make_prepare(objective, spec, microbatches * minibatches)
+
     def passes(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         shuffle = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.SHUFFLE), state.batch_index)
 
@@ -168,11 +201,8 @@ def make_step(
     def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         # A batch that is one update, in one piece, is passed through its networks once.
         shared = Passes(state.params) if epochs * minibatches * microbatches == 1 else None
-        nets = Networks(state.params, frozen, spec, row_chunks=microbatches * minibatches, passes=shared)
         age = {"rollout/staleness": Mean.of(state.batch_index - batch.version, batch.real)} if isinstance(batch, Rollout) else {}
-        batch = fill_reference(nets, rows.divisible(batch, microbatches * minibatches))
-        key = jax.random.fold_in(jax.random.fold_in(state.key, Purpose.PREPARE), state.batch_index)
-        batch, carry, prepared = objective.prepare(nets, batch, state.carry, key)
+        batch, carry, prepared = prepare(state, frozen, batch, shared)
         run = functools.partial(update, passes=shared) if epochs * minibatches == 1 else passes
         skipped_before, old_carry = state.opt_state.total_notfinite, state.carry
         state, metrics = run(state, frozen, batch)
