@@ -16,7 +16,8 @@ Imports point downward only. Rooms of one level do not import each other; module
     | 5     | saved sampling rewards envs   saved: a checkpoint with its model's config and its tokenizer                       |
     | 6     | eval                                                                                                              |
     | 7     | train synth report launch                                                                                         |
-    | 8     | cli                                                                                                               |
+    | 8     | compile                                                                                                           |
+    | 9     | cli                                                                                                               |
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LEVELS = (
     ("saved", "sampling", "rewards", "envs"),
     ("eval",),
     ("train", "synth", "report", "launch"),
+    ("compile",),
     ("cli",),
 )
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}

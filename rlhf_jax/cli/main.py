@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "talk with a policy in a terminal",
     "score": "log-probs of every token under a policy, or a reward model's scores, for rows of a file",
     "convert": "a Hugging Face directory to a checkpoint of ours and back",
+    "compile": "whether a run fits a TPU slice and what bounds it, by the TPU's compiler, without one",
     "objectives": "list the objectives, or show one with its equation and hyper-parameters",
     "eval": "evaluate a trained policy or reward model on held-out data",
 }

@@ -150,6 +150,42 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float
         return _svg(figure)
 
 
+def stacked_bars(parts: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[str, float]], *, limit: float, title: str, left: str,
+                 right: str) -> str:
+    """What things are made of, as stacked bars against a limit, and next to them other measurements of the same things, side by side.
+
+    Args:
+      parts: thing -> part -> amount.
+      beside: thing -> measurement -> amount.
+      limit: of the sum of the parts.
+      title: over the left panel.
+      left, right: labels of the amounts.
+    """
+    with _figure(2, height=0.9 + 0.34 * max(len(parts), len(beside), 3)) as (figure, (stack, bars)):
+        names = list(parts)
+        start = np.zeros(len(names))
+        for number, part in enumerate(next(iter(parts.values()))):
+            sizes = np.array([parts[name][part] for name in names])
+            stack.barh(names, sizes, left=start, color=_SERIES[number % len(_SERIES)], label=part, height=0.62)
+            start = start + sizes
+        stack.axvline(limit, color="#C2456B", linestyle=(0, (4, 3)), linewidth=1.2)
+        stack.set_xlabel(left)
+        stack.set_title(title)
+        stack.legend(fontsize=7.5, loc="lower right")
+        kinds = list(next(iter(beside.values()), {}))
+        for number, kind in enumerate(kinds):
+            at = np.arange(len(beside)) + (number - (len(kinds) - 1) / 2) * 0.24
+            bars.barh(at, [max(row[kind], 1e-9) for row in beside.values()], 0.22, color=_SERIES[(number + 2) % len(_SERIES)], label=kind)
+        bars.set_yticks(range(len(beside)), list(beside))
+        bars.set_xscale("log")
+        bars.set_xlabel(right)
+        bars.legend(fontsize=7.5, loc="lower right")
+        for axis in (stack, bars):
+            axis.invert_yaxis()
+            axis.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
 def save(picture: str, path: str | os.PathLike) -> None:
     """Writes a picture as an SVG file.
 
