@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,17 +42,18 @@ def host() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def make_mesh(sizes: Mapping[str, int], devices: int = 0) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: int = 0, available: Sequence[Any] | None = None) -> Mesh:
     """The mesh of axes `data`, `fsdp`, `expert`, `tensor`.
 
     Args:
       sizes: devices along each axis, 1 where it is not named; one of them may be -1, which takes what is left.
       devices: use this many devices only; 0 = all.
+      available: the devices to choose from, e.g. those of a topology that programs are compiled for; None = this machine's.
 
     Raises:
       UserError: the product of the sizes is not the number of devices.
     """
-    available = jax.devices()
+    available = jax.devices() if available is None else list(available)
     if devices > len(available):
         raise UserError(f"config.mesh.devices = {devices}, but {len(available)} are here: choose at most that, or 0 for all")
     chosen = available[:devices] if devices else available

@@ -36,6 +36,14 @@ def test_a_mesh_has_the_sizes_asked_for_and_minus_one_takes_what_is_left(asked, 
     assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
+def test_a_mesh_may_be_made_of_devices_that_are_named():
+    named = jax.devices()[5:1:-1]
+    assert list(distributed.make_mesh(sizes(1, -1, 2), available=named).devices.ravel()) == named
+    assert list(distributed.make_mesh(sizes(1, 2, 1), 2, named).devices.ravel()) == named[:2]
+    with pytest.raises(UserError, match=r"config\.mesh\.devices = 5, but 4 are here"):
+        distributed.make_mesh(sizes(1, 5, 1), 5, named)
+
+
 @pytest.mark.parametrize(
     ("asked", "devices", "said"),
     [
