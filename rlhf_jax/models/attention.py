@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.ops.backends import ELEMENTWISE
+from rlhf_jax.ops.backends import ELEMENTWISE, platform
 from rlhf_jax.types import Array
 
 
@@ -110,7 +110,7 @@ def attend_cache(query: Array, key: Array, value: Array, mask: Array, *, scale: 
     chex.assert_shape(mask, (query.shape[0], query.shape[1], key.shape[3]))
     batch, length, heads, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[1], heads // key.shape[1], dim)
-    elementwise = jax.default_backend() in ELEMENTWISE
+    elementwise = platform() in ELEMENTWISE
     one, wide = length == 1 and elementwise, jnp.float32 if elementwise else query.dtype  # XLA's CPU has no bfloat16 dots over such layouts
     if one:  # fused into one pass, whatever the precision of the cache
         logits = (grouped[:, 0, :, :, :, None].astype(jnp.float32) * key[:, :, None].astype(jnp.float32)).sum(3)[:, :, :, None]

@@ -22,7 +22,7 @@ from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import masking, rows, vocab
-from rlhf_jax.ops.backends import JOINED_BELOW, UNROLLING
+from rlhf_jax.ops.backends import JOINED_BELOW, UNROLLING, platform
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
 
@@ -160,7 +160,7 @@ class Networks(struct.PyTreeNode):
         """The policy alone, laid out for `prefill` and `decode`: where unrolling wins, without the layer scan, whose cache is rewritten whole for
         every token, and with small kernels joined. Called once, outside the loop, so that the parameters are laid out once."""
         config = _config(self.spec.policy, "policy")
-        if jax.default_backend() not in UNROLLING:
+        if platform() not in UNROLLING:
             return self
         params = layout.to_canonical(self._tree("policy"))
         if config.lora is None and config.quantise == "none":

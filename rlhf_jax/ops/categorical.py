@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ops import vocab
-from rlhf_jax.ops.backends import INVERTING
+from rlhf_jax.ops.backends import INVERTING, platform
 from rlhf_jax.types import Array
 
 LARGE = 1024  # tokens; below, Gumbel noise costs no more
@@ -26,7 +26,7 @@ def method(vocabulary: int, backend: str) -> str:
 
     Args:
       vocabulary: V, tokens.
-      backend: of jax.default_backend().
+      backend: of backends.platform().
     """
     return "inversion" if backend in INVERTING and vocabulary >= LARGE else "gumbel"
 
@@ -42,7 +42,7 @@ def draw(keys: Array, logits: Array) -> tuple[Array, Array]:
       tokens [B] int32, log-probs [B] float32 nats.
     """
     chex.assert_rank([keys, logits], [1, 2])
-    return (inversion if method(logits.shape[-1], jax.default_backend()) == "inversion" else gumbel)(keys, logits)
+    return (inversion if method(logits.shape[-1], platform()) == "inversion" else gumbel)(keys, logits)
 
 
 def likeliest(logits: Array) -> Array:

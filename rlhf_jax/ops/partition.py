@@ -32,6 +32,12 @@ def axis_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None]:
         _context.reset(token)
 
 
+def mesh() -> Mesh | None:
+    """The mesh of the axis rules around; None outside."""
+    context = _context.get()
+    return None if context is None else context[0]
+
+
 def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     """`x` with its axes pinned: `names[i]` is axis i's logical name, None leaves it whole.
 
