@@ -22,6 +22,7 @@ from rlhf_jax.types import PyTree
 
 RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp", "expert"),
+    "length": None,
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -131,10 +131,22 @@ def visibility(segment_ids: Array) -> Array:
       segment_ids: [B, T] int32.
     """
     chex.assert_rank(segment_ids, 2)
-    slots = jnp.arange(segment_ids.shape[1])
-    causal = slots[:, None] >= slots[None, :]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return causal[None] & same & (segment_ids != 0)[:, None, :]
+    return seen(segment_ids, segment_ids, 0, 0, 0)
+
+
+def seen(of: Array, to: Array, first: Array | int, begin: Array | int, window: int) -> Array:
+    """[B, Q, S] bool: what a part of a row's queries sees of a part of its keys.
+
+    Args:
+      of: [B, Q] int32, the segments of the queries.
+      to: [B, S] int32, those of the keys.
+      first, begin: [] int32, the slots of the first query and of the first key.
+      window: slots, the query's own included; 0 = all.
+    """
+    chex.assert_rank([of, to], 2)
+    age = (first + jnp.arange(of.shape[1]))[:, None] - (begin + jnp.arange(to.shape[1]))[None, :]
+    near = (age >= 0) & (age < window) if window else age >= 0
+    return near[None] & (of[:, :, None] == to[:, None, :]) & (to != 0)[:, None, :]
 
 
 def forked(segment_ids: Array, prefix: tuple[int, int]) -> Forked:
@@ -145,9 +157,9 @@ def forked(segment_ids: Array, prefix: tuple[int, int]) -> Forked:
       prefix: (G, P), as in types.Sequences.
     """
     chex.assert_rank(segment_ids, 2)
-    (group, prompt), seen = prefix, visibility(segment_ids)
-    seen = seen.reshape(-1, group, *seen.shape[1:])
-    return Forked(seen[:, 0, :prompt, :prompt], seen[:, :, prompt:])
+    (group, prompt), visible = prefix, visibility(segment_ids)
+    visible = visible.reshape(-1, group, *visible.shape[1:])
+    return Forked(visible[:, 0, :prompt, :prompt], visible[:, :, prompt:])
 
 
 def within(mask: Array, slot: Array | int, window: int) -> Array:

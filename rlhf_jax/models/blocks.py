@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import cache as kv
 from rlhf_jax.models import moe, rope
-from rlhf_jax.models.attention import Forked, Mask, attend, attend_forked, within
+from rlhf_jax.models.attention import Forked, Mask, attend_forked
 from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.causal import Rows, attend_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import ACTIVATIONS, Linear, Norm, drop, pin
 from rlhf_jax.types import Array
@@ -31,7 +32,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None = None, index: Array | int = 0,
+        self, x: Array, tables: dict[bool, rope.Tables], mask: Mask | Rows, keys: Array | None = None, index: Array | int = 0,
         cache: Cache | None = None, slot: Array | int | None = 0, reads: int = 0,
     ) -> tuple[Array, Cache | None, Choices | None]:
         c = self.config  # what comes out begins at slot `reads`: those before give keys and values only
@@ -53,7 +54,7 @@ class Block(nn.Module):
         h, choices = branch("mlp", x, feed_forward, 2 * index + 2)
         return pin(x + h), cache, choices
 
-    def _attention(self, h: Array, *, tables: dict[bool, rope.Tables], mask: Mask, keys: Array | None, index: Array | int, cache: Cache | None,
+    def _attention(self, h: Array, *, tables: dict[bool, rope.Tables], mask: Mask | Rows, keys: Array | None, index: Array | int, cache: Cache | None,
                    slot: Array | int | None, reads: int) -> tuple[Array, Cache | None]:
         c, batch = self.config, h.shape[0]
         salt = DROPOUTS * index
@@ -81,7 +82,8 @@ class Block(nn.Module):
         if isinstance(mask, Forked):
             h = attend_forked(query, key, value, mask.reading(reads).within(reads, self.window), **how)
         elif cache is None:
-            h = attend(query, key, value, within(mask[:, reads:], reads, self.window), **how)
+            assert isinstance(mask, Rows)
+            h = attend_rows(query, key, value, mask.segment_ids, window=self.window, **how)
         else:
             h, cache = kv.attend(cache, query, key, value, mask, slot, self.window, **how)
         h = h.reshape(batch, -1, c.heads * c.head_dim)

@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import attention, layout
+from rlhf_jax.models import attention, causal, layout
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, PyTree
@@ -51,7 +51,7 @@ def empty(config: ModelConfig, batch: int, longest: int, *, kind: str = "same", 
     return layout.to_runtime({"layers": {str(i): layer(i) for i in range(config.layers)}}, config.unit)["layers"]
 
 
-def attend(cache: Cache, query: Array, key: Array, value: Array, mask: Array, slot: Array | int | None, window: int, *, scale: float,
+def attend(cache: Cache, query: Array, key: Array, value: Array, mask: Array | causal.Rows, slot: Array | int | None, window: int, *, scale: float,
            softcap: float) -> tuple[Array, Cache]:
     """Writes a layer's new keys and values, and lets the new tokens attend.
 
@@ -59,7 +59,7 @@ def attend(cache: Cache, query: Array, key: Array, value: Array, mask: Array, sl
       cache: of one layer.
       query: [B, T, H, d].
       key, value: [B, T, G, d].
-      mask: [B, T, S] bool, which times 0 … S − 1 (mod S) each of the new tokens may see, windows apart; [B, T, T] without a slot.
+      mask: [B, T, S] bool, which times 0 … S − 1 (mod S) each of the new tokens may see, windows apart; Rows without a slot.
       slot: [] int32, the time of the first of them. None: they are the first of their rows and see each other alone.
       window: of the layer; 0 = none.
       scale, softcap: as for attention.attend.
@@ -67,16 +67,18 @@ def attend(cache: Cache, query: Array, key: Array, value: Array, mask: Array, sl
     Returns:
       [B, T, H, d] and the new cache.
     """
-    chex.assert_rank([query, key, value, mask], [4, 4, 4, 3])
+    chex.assert_rank([query, key, value], 4)
     slots, count = cache["k"].shape[-1], key.shape[1]
     new = {"k": key.transpose(0, 2, 3, 1), "v": value.swapaxes(1, 2)}
     new = _quantised(new) if "k_scale" in cache else new
     new = {name: constrain(x.astype(cache[name].dtype), ("batch", "kv_heads", None, None)) for name, x in new.items()}
-    if slot is None:
-        chex.assert_shape(mask, (key.shape[0], count, count))
+    if isinstance(mask, causal.Rows):
+        assert slot is None
         kept = {name: _last(x, slots, SLOTS[name]) for name, x in new.items()}
-        h = attention.attend(query, key, value, attention.within(mask, 0, window), scale=scale, softcap=softcap)
+        h = causal.attend_rows(query, key, value, mask.segment_ids, window=window, scale=scale, softcap=softcap)
         return h, {name: _write(cache[name], x, 0, SLOTS[name]) for name, x in kept.items()}
+    chex.assert_rank(mask, 3)
+    assert slot is not None
     times = mask.shape[2]
     if count > 1 and slots < times:
         raise AssertionError(f"{count} tokens at once do not go into a ring of {slots} slots that is not empty")

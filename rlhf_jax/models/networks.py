@@ -19,6 +19,7 @@ from flax import struct
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import layout, lora, transformer
+from rlhf_jax.models.causal import Rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import masking, rows, vocab
@@ -182,7 +183,7 @@ class Networks(struct.PyTreeNode):
         chex.assert_equal_shape([tokens, positions, segment_ids])
         config, params = _config(self.spec.policy, "policy"), self._tree("policy")
         cache = transformer.empty_cache(config, tokens.shape[0], slots, kind=self.spec.cache, ring=True)
-        hidden, cache = transformer.cached(config, params, tokens, positions, transformer.visibility(segment_ids), cache, None)
+        hidden, cache = transformer.cached(config, params, tokens, positions, Rows(segment_ids), cache, None)
         return transformer.unembed(config, params, hidden[:, -1]), cache
 
     def decode(self, token: Array, position: Array, slot: Array, visible: Array, cache: Any) -> tuple[Array, Any]:

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from rlhf_jax.models import layout, moe, rope
-from rlhf_jax.models.attention import Mask, forked, visibility
+from rlhf_jax.models.attention import Mask, forked
 from rlhf_jax.models.blocks import Block, Choices
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.cache import empty as empty_cache  # noqa: F401  asked for here, beside `cached`
+from rlhf_jax.models.causal import Rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
 from rlhf_jax.ops.partition import constrain, parts
@@ -110,7 +111,7 @@ def _boxed(config: ModelConfig, key: Array) -> PyTree:
     tokens = jnp.zeros((1, 2), jnp.int32)
     x, tables = jnp.zeros((1, 2, config.hidden), jnp.dtype(config.compute_dtype)), rope.tables(config, tokens)
     layers = {
-        str(i): _block(config, i).init(jax.random.fold_in(key, i + 1), x, tables, visibility(tokens + 1))["params"] for i in range(config.layers)
+        str(i): _block(config, i).init(jax.random.fold_in(key, i + 1), x, tables, Rows(tokens + 1))["params"] for i in range(config.layers)
     }
     return {"ends": Ends(config).init(jax.random.fold_in(key, 0), tokens)["params"], "layers": layers}
 
@@ -133,7 +134,7 @@ def logical_axes(config: ModelConfig) -> PyTree:
     return layout.axes_to_runtime(names, config.unit)
 
 
-def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask, keys: Array | None, cache: Cache | None,
+def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask | Rows, keys: Array | None, cache: Cache | None,
             slot: Array | int | None, reads: int = 0) -> tuple[Array, Cache | None, list[Choices]]:
     """The stack of blocks: whole units scanned, the rest unrolled; the cache goes along as scan inputs and outputs. What comes out begins at slot
     `reads`."""
@@ -193,7 +194,7 @@ def balanced_trunk(config: ModelConfig, params: PyTree, tokens: Array, positions
     chex.assert_equal_shape([tokens, positions, segment_ids])
     x = perturb(_ends(config, params, "embed", tokens, positions), segment_ids, keys, noise)
     x = drop(x, keys, 0, config.dropout)
-    x, _, choices = _layers(config, params, x, rope.tables(config, positions), visibility(segment_ids), keys, None, 0)
+    x, _, choices = _layers(config, params, x, rope.tables(config, positions), Rows(segment_ids), keys, None, 0)
     losses = [moe.balance(*chosen, segment_ids) for chosen in choices]
     return pin(_ends(config, params, "finish", x)), sum(losses, jnp.zeros(tokens.shape, jnp.float32)) / max(len(losses), 1)
 
@@ -272,7 +273,7 @@ def scalar(config: ModelConfig, params: PyTree, hidden: Array, head: str) -> Arr
     return _ends(config, params, "scalar", hidden, head)
 
 
-def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, mask: Array, cache: Cache, slot: Array | int | None
+def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array, mask: Array | Rows, cache: Cache, slot: Array | int | None
            ) -> tuple[Array, Cache]:
     """Hidden states of `tokens`, written into the cache at times `slot … slot + T − 1` (models/cache.py); the rest as `trunk`.
 
@@ -280,7 +281,7 @@ def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array,
       config: the network.
       params: its parameters.
       tokens, positions: [B, T] int32; T = prompt for prefill, 1 for a decode step.
-      mask: [B, T, S] bool, which of the S times each query may see; [B, T, T] without a slot.
+      mask: [B, T, S] bool, which of the S times each query may see; Rows without a slot.
       cache: as from `empty_cache`.
       slot: [] int32, the time of the first token; None: the rows begin with it, the cache is empty.
 
@@ -289,7 +290,8 @@ def cached(config: ModelConfig, params: PyTree, tokens: Array, positions: Array,
     """
     chex.assert_rank([tokens, positions], 2)
     chex.assert_equal_shape([tokens, positions])
-    chex.assert_rank(mask, 3)
+    if not isinstance(mask, Rows):
+        chex.assert_rank(mask, 3)
     x = _ends(config, params, "embed", tokens, positions)
     x, cache, _ = _layers(config, params, x, rope.tables(config, positions), mask, None, cache, slot)
     return _ends(config, params, "finish", x), cache

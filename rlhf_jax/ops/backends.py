@@ -12,6 +12,8 @@ from rlhf_jax.ops import partition
 UNROLLING = ("cpu",)  # decode layer by layer; a TPU's layer scan with the cache along compiles to the least memory (models/networks.py)
 JOINED_BELOW = 4 * 2**20  # bytes: kernels of one input and no larger are joined for decoding on an UNROLLING backend: a call costs more than they do
 ELEMENTWISE = ("cpu",)  # one query per row attends to a cache by sums of products; elsewhere by dots (models/attention.py)
+CAUSAL = {"cpu": "stairs", "tpu": "splash", "gpu": "cudnn"}  # how the queries of a whole row attend (models/causal.py); elsewhere in blocks
+SHORT, STAIR = 256, 128  # on a CPU: slots of a row which is no cheaper in steps, and queries of a step in a longer one
 INVERTING = ("cpu",)  # large vocabularies are drawn by inverting the distribution function (ops/categorical.py)
 
 

@@ -49,9 +49,7 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     context = _context.get()
     if context is None:
         return x
-    mesh, rules = context
-    spec = PartitionSpec(*(None if name is None else rules[name] for name in names))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(context[0], spec(names)))
 
 
 def parts(name: str) -> int:
@@ -67,11 +65,33 @@ def parts(name: str) -> int:
 Names = tuple[str | None, ...]
 
 
+def size(name: str) -> int:
+    """Over how many devices a logical axis is spread; 1 outside `axis_rules`."""
+    context = _context.get()
+    return 1 if context is None else _size(context[0], context[1][name])
+
+
+def spec(names: Names) -> PartitionSpec:
+    """Where the axis rules put an array of these logical axes, None = whole."""
+    context = _context.get()
+    return PartitionSpec(*(None if name is None or context is None else context[1][name] for name in names))
+
+
+def divides(shape: tuple[int, ...], names: Names) -> bool:
+    """Whether the devices divide every axis of an array.
+
+    Args:
+      shape: of the array.
+      names: the logical name of each axis, None = whole.
+    """
+    return all(name is None or length % size(name) == 0 for length, name in zip(shape, names, strict=True))
+
+
 def per_device(fn: Callable[..., Any], args: tuple[Array, ...], names: tuple[Names, ...], out: Names, axes: tuple[str, ...]) -> Any:
     """`fn` on every device for its own share of the arguments; a plain call outside `axis_rules`, or where the mesh does not divide them.
 
     Args:
-      fn: takes the arguments, and `axes` by that name: the mesh axes over which it speaks to other devices.
+      fn: takes the arguments, and `axes` by that name if there are any: the mesh axes over which it speaks to other devices.
       args: arrays.
       names: each argument's logical axes, None = whole.
       out: those of the result.
@@ -81,12 +101,11 @@ def per_device(fn: Callable[..., Any], args: tuple[Array, ...], names: tuple[Nam
     context = _context.get()
     if context is None:
         return fn(*args)
-    mesh, rules = context
-    spec = lambda axes: PartitionSpec(*(None if name is None else rules[name] for name in axes))  # noqa: E731
-    specs = tuple(spec(axes) for axes in names)
-    if any(x.shape[i] % _size(mesh, part) for x, parts in zip(args, specs, strict=True) for i, part in enumerate(parts)):
+    if not all(divides(x.shape, axes) for x, axes in zip(args, names, strict=True)):
         return fn(*args)
-    local = functools.partial(fn, axes=tuple(rules[name] for name in axes))
+    mesh, rules = context
+    specs = tuple(map(spec, names))
+    local = functools.partial(fn, axes=tuple(rules[name] for name in axes)) if axes else fn
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec(out), check_vma=False)(*args)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import cache, layout, transformer
+from rlhf_jax.models import cache, causal, layout, transformer
 from tests.models import tiny
 
 P, N = 7, 9  # prompt slots, decoded tokens
@@ -96,7 +96,8 @@ def test_a_head_is_quantised_by_its_own_largest_feature() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 4)).astype(np.float32) * np.array([1.0, 100.0], np.float32)[:, None]
     x[0, 1] = 0
     kept = cache.empty(tiny.BASE, 2, 5, kind="int8")["0"]
-    _, kept = cache.attend(kept, jnp.zeros((2, 3, 4, 4)), jnp.asarray(x), jnp.asarray(-x), jnp.ones((2, 3, 3), bool), None, 0, scale=1.0, softcap=0.0)
+    rows = causal.Rows(jnp.ones((2, 3), jnp.int32))
+    _, kept = cache.attend(kept, jnp.zeros((2, 3, 4, 4)), jnp.asarray(x), jnp.asarray(-x), rows, None, 0, scale=1.0, softcap=0.0)
     assert kept["k"].dtype == jnp.int8 and kept["k_scale"].shape == (2, 2, 1, 5) and kept["v_scale"].shape == (2, 2, 5, 1)
     scale = np.abs(x).max(-1, keepdims=True) / 127
     np.testing.assert_allclose(np.asarray(kept["k_scale"])[..., :3].transpose(0, 3, 1, 2), scale, rtol=1e-6)
