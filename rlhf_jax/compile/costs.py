@@ -30,7 +30,7 @@ def _equation(eqn: Any, loops: int) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-    if name == "ragged_dot_general" or name == "ragged_dot":
+    if name in ("ragged_dot_general", "ragged_dot"):
         left, right = (v.aval.shape for v in eqn.invars[:2])
         return 2.0 * math.prod(left) * right[-1]
     if name == "scan":

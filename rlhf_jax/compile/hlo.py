@@ -68,9 +68,10 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
                 if not axes:
                     continue
                 source = re.search(r'op_name="([^"]*)"', line)
+                size = _operand_bytes(line, at, kind, groups)
                 # A reduction whose parts each device keeps: an all-reduce within a fusion of this name (TPU).
                 shown = "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in name else kind
-                found.append(Collective(shown, _operand_bytes(line, at, kind, groups), axes, times[name], source[1] if source else "", len(groups[0])))
+                found.append(Collective(shown, size, axes, times[name], source[1] if source else "", len(groups[0])))
     return found
 
 

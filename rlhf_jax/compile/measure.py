@@ -1,7 +1,8 @@
 """Compiles a run's programs for a topology and reads off what each of them costs a chip.
 
 From the compiler: bytes of arguments, results and temporaries, the scheduled program, seconds. From us: operations (costs), collectives and traffic
-(hlo) and, from these and the chip's published peaks, a lower bound of the time: the longest of what the products, the memory and the links take alone.
+(hlo) and, from these and the chip's published peaks, a lower bound of the time: the longest of what the products, the memory and the links take
+alone.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class _StandIns:
         if self._config["model"]["family"] == INHERIT:
             raise UserError(f"{key} = {path!r} is not here, and config.model.family = 'inherit' takes its architecture from there: name a copy "
                             "(its weights are not read), or write the architecture out in config.model")
-        role = "reward" if key.endswith("reward_from") or key.endswith(".run") and not self._implicit(key) else "policy"
+        role = "reward" if key.endswith("reward_from") or (key.endswith(".run") and not self._implicit(key)) else "policy"
         outputs = ("score",) if role == "reward" else ("lm",)
         model = fresh_model(self._config["model"], outputs)
         tree = layout.to_canonical(jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0)))

@@ -89,7 +89,7 @@ class Planner:
         """Every layout that divides, best bound first."""
         mesh = distributed.make_mesh({"data": 1, "fsdp": -1}, 0, self.devices)
         sized = {**self.config, "run": {**self.config["run"], "microbatches": 1}}
-        spec = outline({**sized, "mesh": {**sized["mesh"], "data": 1, "fsdp": -1, "expert": 1, "tensor": 1, "devices": 0}}, self.objective, mesh)[0].spec
+        spec = outline(sized, self.objective, mesh)[0].spec
         named = {name: model for name in ("policy", "reward", "critic", "ref") if (model := getattr(spec, name)) is not None}
         own = self.config["network"]
         named = {own: named[own], **named}

@@ -1,8 +1,7 @@
 """The programs of a run: those that it runs, and the phases that they are made of, each with the shapes of its arguments.
 
-Offline a run is one program, the step. Online it is one fused iteration, or rollout, score and step apart, as the run itself decides (train.programs).
-Its phases are compiled besides, so that costs can be told apart: prefill, one decode step, scores, prepare, update, and the resharding of what one
-program leaves and the next one takes.
+Offline a run is one program, the step. Online it is one fused iteration, or rollout, score and step apart, as the run itself decides
+(train.programs). Its phases are compiled besides, so that costs can be told apart: prefill, one decode step, scores, prepare, update.
 """
 
 from __future__ import annotations
@@ -137,14 +136,4 @@ def _shardings(tree: PyTree) -> PyTree:
 def _prepares(exp: Experiment) -> bool:
     """Whether anything runs before the update: a reference, or an objective's own passes."""
     return exp.online or "ref" in exp.frozen or exp.objective.hyperparameters is None
-
-
-def resharded(left: PyTree, taken: PyTree) -> int:
-    """Bytes of the leaves that one program leaves in another sharding than the next one takes them in.
-
-    Args:
-      left, taken: trees of shapes on their shardings.
-    """
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(taken), strict=True)
-    return sum(a.size * a.dtype.itemsize for a, b in pairs if not a.sharding.is_equivalent_to(b.sharding, a.ndim))
 

@@ -17,7 +17,8 @@ included) and the bounds, each at the chip's published peak; * is the longest. A
 
 def table(found: Sequence[Measured]) -> str:
     """A row per program: memory of a chip, verdict, operations and the bound of its time."""
-    head = ("program", "args", "temp", "beside", "peak", "of GiB", "verdict", "TFLOP", "HBM GB", "sent GB", *(f"{name} ms" for name in BOUNDS), "compile s")
+    bounds = [f"{name} ms" for name in BOUNDS]
+    head = ("program", "args", "temp", "beside", "peak", "of GiB", "verdict", "TFLOP", "HBM GB", "sent GB", *bounds, "compile s")
     rows = [head]
     for one in found:
         name = one.name if one.runs else f"  {one.name}" + (f" ×{one.times}" if one.times > 1 else "")
