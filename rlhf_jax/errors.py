@@ -1,9 +1,11 @@
-"""The one exception for a user's mistake; the command line prints its sentence and exits with 2, without a traceback."""
+"""The one exception for a user's mistake, which the command line prints as its sentence, without a traceback; and what a process's exit code says."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+DONE, CRASHED, MISTAKE, PREEMPTED = 0, 1, 2, 75  # 75: the state is saved, and the same command goes on (sysexits' EX_TEMPFAIL)
 
 
 class UserError(ValueError):

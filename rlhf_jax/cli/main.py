@@ -1,6 +1,7 @@
 """`rlhf-jax COMMAND [flags]`: finds the command's file, parses its flags, and turns a user's mistake into one sentence.
 
-Exit codes: 0 done, 2 a mistake of the user's (config, data, checkpoint, flags), 75 preempted with the state saved, 1 anything else.
+Exit codes, named in `errors`: 0 done, 2 a mistake of the user's (config, data, checkpoint, flags), 75 preempted with the state saved, 1 anything
+else. `launch` goes by them: it restarts what was preempted, stops at a mistake, and restarts a crash a few times.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from rlhf_jax.errors import MISTAKE
+
 COMMANDS = {
     "train": "train any objective: SFT, reward model, DPO, PPO, GRPO …, or resume a run",
     "sample": "complete prompts with a trained policy",
@@ -20,8 +23,8 @@ COMMANDS = {
     "compile": "whether a run fits a TPU slice and what bounds it, by the TPU's compiler, without one",
     "objectives": "list the objectives, or show one with its equation and hyper-parameters",
     "eval": "evaluate a trained policy or reward model on held-out data",
+    "launch": "train on Cloud TPU: print the plan of a run, start it, watch it, stop it",
 }
-PREEMPTED = 75
 
 
 def usage() -> str:
@@ -33,7 +36,7 @@ def usage() -> str:
 def fail(message: str) -> int:
     """Prints a user's mistake; returns the exit code for it."""
     print(f"rlhf-jax: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

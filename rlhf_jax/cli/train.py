@@ -9,7 +9,7 @@ from __future__ import annotations
 from absl import flags
 
 from rlhf_jax.cli.configs import define_config, loaded_config
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import DONE, PREEMPTED, UserError
 
 FLAGS_HELP = {
     "--config FILE[:VARIANT]": "a Python file with get_config(variant) -> ConfigDict; configs/ has one per objective, `:tiny` runs anywhere",
@@ -29,10 +29,9 @@ def main() -> int:
     workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("--workdir is missing: name a folder for this run, e.g. --workdir runs/sft")
-    from rlhf_jax.cli.main import PREEMPTED
     from rlhf_jax.train.loop import train
 
     result = train(config, workdir, profile=flags.FLAGS.profile)
     best = "" if result.best_step is None else f"; best validation {result.best_value:.6g} at step {result.best_step}"
     print(f"{result.stopped} at step {result.step}{best}; state {result.state_hash[:16]}; everything is in {workdir}")
-    return PREEMPTED if result.stopped == "preempted" else 0
+    return PREEMPTED if result.stopped == "preempted" else DONE
