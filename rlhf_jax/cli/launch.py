@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 from typing import Any
 
 from absl import flags
@@ -24,7 +23,7 @@ from rlhf_jax.cli.configs import define_config, loaded_config
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.launch import planning, topologies
 from rlhf_jax.launch.plan import as_json, as_text
-from rlhf_jax.launch.request import FILES, TREE, Request, parse_secrets, value_at
+from rlhf_jax.launch.request import TREE, Request, checked_here, parse_secrets
 from rlhf_jax.launch.runner import Runner
 
 FLAGS_HELP = {
@@ -109,7 +108,7 @@ def _request(topology: str) -> Request:
 
 
 def _config() -> dict[str, Any] | None:
-    """The checked config, or None for an experiment. Files in a bucket are the machines' business and stand aside for the check."""
+    """The checked config, or None for an experiment."""
     from rlhf_jax.train.config import check, plain
 
     options = flags.FLAGS
@@ -118,13 +117,7 @@ def _config() -> dict[str, Any] | None:
             raise UserError(f"--experiment {options.experiment!r} and --config: a pipeline names its own configs; give one of the two")
         known = {path.parent.name for path in pathlib.Path("experiments").glob("*/pipeline.py")}
         if options.experiment not in known:
-            raise UserError(f"--experiment {options.experiment!r}: no such folder with a pipeline.py in experiments/{nearest(options.experiment, known)}")
+            raise UserError(f"--experiment {options.experiment!r}: experiments/ has no such folder with a pipeline.py"
+                            f"{nearest(options.experiment, known)}")
         return None
-    config = plain(loaded_config())
-    away = {keys: value for keys in FILES if re.match(r"\w+://", value := value_at(config, keys))}
-    for section, key in away:
-        config[section][key] = os.devnull
-    checked, _ = check(config)
-    for (section, key), value in away.items():
-        checked[section][key] = value
-    return checked
+    return checked_here(plain(loaded_config()), check)
