@@ -75,7 +75,7 @@ def pack(request: Request) -> tuple[Step, ...]:
 
 def prepare(request: Request) -> tuple[Step, ...]:
     """Once, before the machines: `job/` goes to where they look for it, and what is no longer in it goes."""
-    command = ("gcloud", "storage", "rsync", "--recursive", "--delete-unmatched-destination-objects", job.folder(request), f"{request.bucket}/job",
+    command = ("gcloud", "storage", "rsync", job.folder(request), f"{request.bucket}/job", "--recursive", "--delete-unmatched-destination-objects",
                *_project(request))
     return (*pack(request), Step("copy the job to the bucket", command))
 
@@ -97,7 +97,7 @@ def status(request: Request, state: Command) -> tuple[Step, ...]:
 
 def logs(request: Request) -> Step:
     """Prints the logs of all machines, those that are gone included; at most half a minute old."""
-    return Step("the logs of all machines", ("gcloud", "storage", "cat", "--display-url", f"{request.bucket}/logs/*", *_project(request)), attempts=1)
+    return Step("the logs of all machines", ("gcloud", "storage", "cat", f"{request.bucket}/logs/*", "--display-url", *_project(request)), attempts=1)
 
 
 def _project(request: Request) -> Command:

@@ -46,7 +46,7 @@ class Plan:
     title: str
     files: tuple[File, ...]
     steps: tuple[Step, ...]
-    wait: Step | None = None  # returns when the run has ended, where the backend restarts it by itself; or
+    wait: Step | None = None  # returns when the run has ended, where the backend restarts it and cleans up by itself; or
     watch: Watch | None = None
     outcomes: Command = ()  # prints a line `HOST CODE` for each process that has ended; () where nothing is waited for
     clean_up: tuple[Step, ...] = ()  # at the end, however it went

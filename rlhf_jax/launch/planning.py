@@ -42,11 +42,10 @@ def start(request: Request, config: Mapping[str, Any] | None, *, detach: bool = 
     steps = (*backend.prepare(request), *backend.create(request))
     if detach:
         return Plan(title, files, steps)
-    return Plan(
-        title, files, steps, wait=backend.wait(request) if hasattr(backend, "wait") else None,
-        watch=backend.watch(request) if hasattr(backend, "watch") else None, outcomes=cloud.outcomes(request),
-        clean_up=() if request.keep else backend.delete(request), crashes=request.max_restarts, preemptions=request.max_preemptions,
-    )
+    if hasattr(backend, "wait"):  # it restarts the run and gives its machines back by itself
+        return Plan(title, files, steps, wait=backend.wait(request), outcomes=cloud.outcomes(request))
+    return Plan(title, files, steps, watch=backend.watch(request), outcomes=cloud.outcomes(request),
+                clean_up=() if request.keep else backend.delete(request), crashes=request.max_restarts, preemptions=request.max_preemptions)
 
 
 def act(request: Request, action: str, *, live: bool = False) -> Plan:

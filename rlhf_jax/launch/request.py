@@ -52,7 +52,7 @@ class Request:
     max_preemptions: int
     experiment: str  # runs experiments/NAME/pipeline.py in place of a config; "" = a config
     pipeline_flags: tuple[str, ...]
-    keep: bool  # leave the machines up at the end
+    keep: bool  # leave the machines up at the end; xpk and sky decide that themselves
     folder: str  # where the plan's files are written
 
     @property

@@ -84,7 +84,8 @@ class Runner:
                 return self._watched(plan.watch)
             if plan.wait is not None:
                 ended = self._try(plan.wait)
-                return self._verdict(self._outcomes(), processes=1, patience=0) or (DONE if ended == 0 else CRASHED)
+                verdict = self._verdict(self._outcomes(), processes=1, patience=0)
+                return verdict if verdict is not None else DONE if ended == 0 else CRASHED
             return DONE
         except Failed as failure:
             self.say(str(failure))

@@ -60,7 +60,7 @@ def delete(request: Request) -> tuple[Step, ...]:
 
 def wait(request: Request) -> Step:
     """Follows the log of the job to its end."""
-    return Step("follow the log to the end", ("sky", "jobs", "logs", f"--name={request.name}", "--follow"), attempts=1)
+    return Step("follow the log to the end", ("sky", "jobs", "logs", f"--name={request.name}", "--follow"))
 
 
 def status(request: Request) -> tuple[Step, ...]:

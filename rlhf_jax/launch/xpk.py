@@ -49,7 +49,7 @@ def delete(request: Request) -> tuple[Step, ...]:
 
 def wait(request: Request) -> Step:
     """Returns when the JobSet has ended, however it ended."""
-    return Step("wait for its end", ("xpk", "workload", "list", *where(request), f"--wait-for-job-completion={request.name}"), attempts=1)
+    return Step("wait for its end", ("xpk", "workload", "list", *where(request), f"--wait-for-job-completion={request.name}"))
 
 
 def status(request: Request) -> tuple[Step, ...]:

@@ -22,6 +22,7 @@ from etils import epath
 from rlhf_jax import checkpoint, distributed, sharding
 from rlhf_jax.data.prefetch import Prefetcher
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.files import Growing
 from rlhf_jax.models import layout
 from rlhf_jax.train import metrics as run_log
 from rlhf_jax.train import schedule
@@ -212,7 +213,7 @@ class _Run:
                 rows = transcripts[: log["samples"]] or completions(self.exp, previous, self.exp.train_data, log["samples"])
                 scores, components = (None if x is None else np.asarray(jax.device_get(x))[: log["samples"]]
                                       for x in (previous.scores, previous.components))
-            with (self.folder / "samples.jsonl").open("ab") as file:
+            with Growing(self.folder / "samples.jsonl") as file:
                 for row in failed_samples(failures, rows, scores, components, self.programs.labels):
                     file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
         failures = self.programs.failures if rolled is not None else []

@@ -27,6 +27,7 @@ from etils import epath
 
 from rlhf_jax.distributed import is_lead
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import Growing
 from rlhf_jax.types import Array, Mean
 
 METRICS_FILE = "metrics.jsonl"
@@ -237,8 +238,7 @@ class _JsonLines(_Sink):
     """metrics.jsonl and timing.jsonl; a line is handed to the system in one write."""
 
     def __init__(self, root: epath.Path, start_step: int):
-        self._metrics = (root / METRICS_FILE).open("ab")
-        self._timing = (root / TIMING_FILE).open("ab")
+        self._metrics, self._timing = Growing(root / METRICS_FILE), Growing(root / TIMING_FILE)
         self._start = self._last = time.perf_counter()
         self._step, self._tokens = start_step, 0.0
 
@@ -248,18 +248,18 @@ class _JsonLines(_Sink):
     def emit(self, step: int, values: Mapping[str, np.generic]) -> None:
         self.pass_by(step, values)
         fields = "".join(f", {json.dumps(name)}: {_json(value)}" for name, value in values.items())
-        self._append(self._metrics, f'{{"step": {step}{fields}}}\n')
+        self._metrics.write(f'{{"step": {step}{fields}}}\n'.encode())
         if step > self._step:  # an evaluation of the same step adds nothing
             now = time.perf_counter()
             timing = {"step": step, "seconds": now - self._start, "steps_per_second": (step - self._step) / (now - self._last)}
             if self._tokens:
                 timing["tokens_per_second"] = self._tokens / (now - self._last)
-            self._append(self._timing, json.dumps(timing) + "\n")
+            self._timing.write(f"{json.dumps(timing)}\n".encode())
             self._last, self._step, self._tokens = now, step, 0.0
 
-    def _append(self, file: Any, line: str) -> None:
-        file.write(line.encode())
-        file.flush()
+    def flush(self) -> None:
+        self._metrics.flush()
+        self._timing.flush()
 
     def close(self) -> None:
         self._metrics.close()

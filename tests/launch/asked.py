@@ -13,9 +13,9 @@ from rlhf_jax.train.config import check
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = Request(
-    backend="queued", name="ppo-1", topology=topologies.parse("v5e:4x4"), slices=1, workdir="gs://bucket/runs/ppo-1", project="proj", zone="us-west4-a",
-    spot=True, runtime="", service_account="", code="tree", root=".", image="", cluster="", secrets=(), max_restarts=5, max_preemptions=100,
-    experiment="", pipeline_flags=(), keep=False, folder="plan",
+    backend="queued", name="ppo-1", topology=topologies.parse("v5e:4x4"), slices=1, workdir="gs://bucket/runs/ppo-1", project="proj",
+    zone="us-west4-a", spot=True, runtime="", service_account="", code="tree", root=".", image="", cluster="", secrets=(), max_restarts=5,
+    max_preemptions=100, experiment="", pipeline_flags=(), keep=False, folder="plan",
 )
 
 

@@ -37,7 +37,7 @@ class Tools:
         self.folder = folder
 
     def add(self, name: str, *rules: tuple[tuple[str, ...], list[tuple[int, str]]]) -> None:
-        """A program: for the first rule whose words are all in its arguments, one (exit code, output) a call, the last one again and again; else 0."""
+        """A program: for the first rule whose words are all in its arguments, one (exit code, output) a call, the last one for ever; else 0."""
         (self.folder / f"{name}.json").write_text(json.dumps(rules))
         path = self.folder / name
         path.write_text(SOURCE.format(python=sys.executable, folder=str(self.folder), name=name))

@@ -13,7 +13,8 @@ from tests.launch.asked import config, request
 
 PROJECT, PLACE = "--project=proj", ("--project=proj", "--zone=us-west4-a")
 PACK = (sys.executable, "-m", "rlhf_jax.launch.pack", ".", "plan/job/code.tar.gz")
-UPLOAD = ("gcloud", "storage", "rsync", "--recursive", "--delete-unmatched-destination-objects", "plan/job", "gs://bucket/runs/ppo-1/launch/job", PROJECT)
+UPLOAD = ("gcloud", "storage", "rsync", "plan/job", "gs://bucket/runs/ppo-1/launch/job", "--recursive",
+          "--delete-unmatched-destination-objects", PROJECT)
 FORGET = ("gcloud", "storage", "rm", "gs://bucket/runs/ppo-1/launch/outcome/**", PROJECT)
 OUTCOMES = ("gcloud", "storage", "cat", "gs://bucket/runs/ppo-1/launch/outcome/*", PROJECT)
 SCOPES, STARTUP = "--scopes=https://www.googleapis.com/auth/cloud-platform", "--metadata-from-file=startup-script=plan/startup.sh"
@@ -73,11 +74,10 @@ def test_xpk(ppo):
     where = ("--cluster=c1", *PLACE)
     assert commands(plan.steps) == [PACK, FORGET, (
         "xpk", "workload", "create", "--workload=ppo-1", *where, "--tpu-type=v5litepod-16", "--num-slices=2", "--base-docker-image=python:3.13",
-        "--script-dir=plan/job", "--command=bash run.sh", "--max-restarts=100", "--restart-on-exit-codes=75", "--termination-grace-period-seconds=300",
-        "--spot")]
+        "--script-dir=plan/job", "--command=bash run.sh", "--max-restarts=100", "--restart-on-exit-codes=75",
+        "--termination-grace-period-seconds=300", "--spot")]
     assert plan.wait.command == ("xpk", "workload", "list", *where, "--wait-for-job-completion=ppo-1")
-    assert commands(plan.clean_up) == [("xpk", "workload", "delete", "--workload=ppo-1", *where, "--force")]
-    assert plan.outcomes == OUTCOMES and plan.watch is None
+    assert plan.outcomes == OUTCOMES and plan.watch is None and plan.clean_up == ()
 
 
 def test_sky(ppo):
@@ -85,7 +85,7 @@ def test_sky(ppo):
     assert commands(plan.steps) == [PACK, FORGET, (
         "sky", "jobs", "launch", "plan/task.yaml", "--name=ppo-1", "--secret=WANDB_API_KEY", "--detach-run", "--yes")]
     assert plan.wait.command == ("sky", "jobs", "logs", "--name=ppo-1", "--follow")
-    assert commands(plan.clean_up) == [("sky", "jobs", "cancel", "--name=ppo-1", "--yes")]
+    assert plan.outcomes == OUTCOMES and plan.watch is None and plan.clean_up == ()
     assert plan.files[-1].path == "plan/task.yaml"
     assert plan.files[-1].text == """# Written by `rlhf-jax launch`.
 name: ppo-1
@@ -119,7 +119,7 @@ def test_detached_nothing_is_watched_and_nothing_deleted(ppo):
     [
         ("queued", "status", False, [(*QUEUED, "describe", "ppo-1", *PLACE, "--format=value(state.state)"), OUTCOMES]),
         ("queued", "stop", False, [(*QUEUED, "delete", "ppo-1", *PLACE, "--force", "--quiet")]),
-        ("queued", "logs", False, [("gcloud", "storage", "cat", "--display-url", "gs://bucket/runs/ppo-1/launch/logs/*", PROJECT)]),
+        ("queued", "logs", False, [("gcloud", "storage", "cat", "gs://bucket/runs/ppo-1/launch/logs/*", "--display-url", PROJECT)]),
         ("queued", "logs", True, [(*QUEUED, "ssh", "ppo-1", *PLACE, "--node=all", "--worker=all",
                                    "--command=sudo tail -n 100 /var/lib/rlhf-jax/ppo-1/job/worker.log")]),
         ("tpu-vm", "status", False, [(*VM, "describe", "ppo-1", *PLACE, "--format=value(state)"), OUTCOMES]),

@@ -50,7 +50,7 @@ def test_legal_flags(changes):
     check(request(**changes))
 
 
-SECRETS = ["hf_" + "a1B2c3D4e5" * 3, "sk-" + "x" * 20, "0123456789abcdef" * 2, "AbCdEf0123456789AbCdEf0123", "ghp_" + "z" * 30, "a b", "pass/word", ""]
+SECRETS = ["hf_" + "a1B2c3D4e5" * 3, "sk-" + "x" * 20, "0123456789abcdef" * 2, "AbCdEf0123456789AbCdEf0123", "ghp_" + "z" * 30, "a b", "a/b", ""]
 
 
 @pytest.mark.parametrize("value", SECRETS)

@@ -51,8 +51,8 @@ def test_a_size_stands_for_one_shape():
     ("name", "said"),
     [
         ("v5e:4x5", "v5e:4x4"), ("v5e:4x4x4", "v5e:8x8"), ("v6e:16x8", "v6e:8x16"), ("v5p:4x8x4", "v5p:4x4x8"), ("v5p:16x16x28", "v5p:16x16x24"),
-        ("v4:2x2", "v4:2x2x1"), ("v5e:32x32", "v5e:16x16"), ("v5r:4x4", "did you mean 'v5"), ("tpu:4x4", "v4, v5e, v5p, v6e"), ("v5e", "like v5e:4x4"),
-        ("v5p:64", "like v5p:2x2x4"), ("v5e:0x4", "v5e:1x1"), ("", "v5e:4x4"),
+        ("v4:2x2", "v4:2x2x1"), ("v5e:32x32", "v5e:16x16"), ("v5r:4x4", "did you mean 'v5"), ("tpu:4x4", "v4, v5e, v5p, v6e"),
+        ("v5e", "like v5e:4x4"), ("v5p:64", "like v5p:2x2x4"), ("v5e:0x4", "v5e:1x1"), ("", "v5e:4x4"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_nearest(name, said):
