@@ -240,6 +240,7 @@ def assemble(config: Mapping[str, Any], objective: Objective, site: Site = HERE)
         if cached and one is not None:
             references.attach(one.prepared, config["reference_from"], "config.reference_from", f"config.data.{name}")
     steps = config["run"]["steps"] or train_data.batches_for(config["run"]["data_epochs"], config["seed"])
+    schedule.check_length(config, steps)
 
     mesh = site.mesh or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
     per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])

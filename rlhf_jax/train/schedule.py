@@ -54,9 +54,10 @@ def check(c: Mapping[str, Any], objective: Objective) -> None:
       UserError: with the key and the remedy.
     """
     plan, run, sampling = of(c), c["run"], c["sampling"]
-    if plan.ahead >= run["steps"] > 0 and plan.ahead:
-        raise UserError(f"config.schedule.ahead = {plan.ahead}: a run of config.run.steps = {run['steps']} would be drawn by its first weights alone")
+    if run["steps"]:
+        check_length(c, run["steps"])
     _check_correction(plan, objective)
+    _check_old_logps(plan, sampling)
     if "ptx" in c and (plan.refill or plan.replay):
         key = "refill" if plan.refill else "replay"
         raise UserError(f"config.schedule.{key}: the rows of config.ptx go with the prompts of their batch, which it would mix: set it to 0")
@@ -78,6 +79,37 @@ def check(c: Mapping[str, Any], objective: Objective) -> None:
     if plan.critic_only and c["critic"]["kind"] != "separate":
         raise UserError(f"config.schedule.critic_only = {plan.critic_only}: there is no critic apart from the policy: set config.critic.kind = "
                         "'separate', or critic_only = 0")
+
+
+def check_length(c: Mapping[str, Any], steps: int) -> None:
+    """Refuses what a run of so many iterations would end before: by `check` where config.run.steps says how many, else once the data is read.
+
+    Args:
+      c: conformed; offline there is nothing to refuse.
+      steps: of the run.
+
+    Raises:
+      UserError: with the key and the remedy.
+    """
+    plan, run = of(c), c["run"]
+    length = f"config.run.steps = {steps}" if run["steps"] else f"config.run.data_epochs = {run['data_epochs']:g}, which are {steps} steps,"
+    for key, what in (("ahead", "be drawn by its first weights alone"), ("refresh", "never see its reference move"),
+                      ("critic_only", "never train its policy")):
+        if (value := getattr(plan, key)) >= steps and value:
+            raise UserError(f"config.schedule.{key} = {value}: a run of {length} would {what}; choose less than {steps}")
+
+
+def _check_old_logps(plan: Schedule, sampling: Mapping[str, Any]) -> None:
+    """The sampler's log-probs are those of the weights, and of the cache, that drew; old ones are those before the update."""
+    if sampling["old_logps"] != "sampler":
+        return
+    for key, value in (("ahead", plan.ahead), ("replay", plan.replay)):
+        if value:
+            raise UserError(f"config.sampling.old_logps = 'sampler' with config.schedule.{key} = {value}: rollouts are drawn by older weights, whose "
+                            "log-probs would pass for the policy's own, and no correction would weigh anything; choose 'trainer'")
+    if sampling["cache"] != "same":
+        raise UserError(f"config.sampling.old_logps = 'sampler' with config.sampling.cache = {sampling['cache']!r}: the sampler's log-probs are the "
+                        "trainer's only where it keeps keys and values as precisely; choose 'trainer', or cache = 'same'")
 
 
 def _check_correction(plan: Schedule, objective: Objective) -> None:

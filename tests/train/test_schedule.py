@@ -248,6 +248,15 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "no correction": ("grpo", {"schedule.ahead": 1}, ("config.objective.correction = 'none'", "config.schedule.ahead = 1", "biased")),
     "no correction of replay": ("ppo", {"schedule.replay": 0.5, "schedule.capacity": 8}, ("correction", "config.schedule.replay = 0.5")),
     "as far ahead as the run is long": ("grpo", {**WEIGHED, "schedule.ahead": 4}, ("config.schedule.ahead = 4", "run.steps = 4")),
+    "a reference that stays": ("grpo", {"schedule.refresh": 4, "run.steps": 4}, ("config.schedule.refresh = 4", "run.steps = 4", "less than 4")),
+    "a policy that stays": ("ppo", {"schedule.critic_only": 9, "run.steps": 4}, ("config.schedule.critic_only = 9", "never train its policy")),
+    "the sampler's log-probs of older weights": (
+        "grpo", {**WEIGHED, "schedule.ahead": 1, "sampling.old_logps": "sampler"}, ("config.sampling.old_logps", "schedule.ahead = 1", "'trainer'")),
+    "the sampler's log-probs of earlier rows": (
+        "grpo", {**WEIGHED, "schedule.replay": 0.5, "schedule.capacity": 8, "sampling.old_logps": "sampler"},
+        ("config.sampling.old_logps", "config.schedule.replay = 0.5")),
+    "the sampler's log-probs over a rounded cache": (
+        "grpo", {"sampling.cache": "int8", "sampling.old_logps": "sampler"}, ("config.sampling.old_logps", "config.sampling.cache = 'int8'")),
     "refill of single samples": ("ppo", {"schedule.refill": 1}, ("config.schedule.refill", "group_size = 1")),
     "refill by epochs": ("dapo", {"schedule.refill": 1, "run.steps": 0, "run.data_epochs": 1.0}, ("config.schedule.refill", "data_epochs")),
     "refill without scores": ("on_policy_gkd", {"schedule.refill": 1, "reference_from": "init"}, ("config.schedule.refill", "no score")),
@@ -268,6 +277,14 @@ def test_what_a_schedule_cannot_do_is_refused(mistake: str) -> None:
     with pytest.raises(UserError) as caught:
         check(tiny(name, changes))
     assert all(part in str(caught.value) for part in said) and "\n" not in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["ahead", "refresh", "critic_only"])
+def test_a_schedule_longer_than_the_epochs_is_refused(key: str) -> None:
+    """How many steps they are is known once the data is read."""
+    config = tiny("ppo", {**WEIGHED, "run.steps": 0, "run.data_epochs": 1.0, f"schedule.{key}": 500})
+    with pytest.raises(UserError, match=rf"config.schedule.{key} = 500: .* config.run.data_epochs = 1, which are \d+ steps"):
+        assemble(*check(config))
 
 
 def test_an_objective_without_a_correction_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
