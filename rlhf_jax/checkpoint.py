@@ -154,10 +154,6 @@ class Checkpointer:
         """Steps that are complete or being written, ascending; an empty or torn `N/` is not among them."""
         return sorted(s for s in self._manager.all_steps() if s == self._writing or _has_manifest(self.directory / str(s)))
 
-    def latest_step(self) -> int | None:
-        """The newest of `steps()`."""
-        return max(self.steps(), default=None)
-
     def reached_preemption(self, step: int) -> bool:
         """Whether the machine is being taken away; all processes agree on the step. Needs `jax.distributed.initialize`."""
         return self._manager.reached_preemption(step)

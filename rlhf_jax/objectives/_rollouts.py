@@ -54,6 +54,20 @@ def known_scores(batch: Rollout) -> tuple[Array, Array]:
     return jnp.where(known, raw, 0.0), known
 
 
+def newest(batch: Rollout) -> Array:
+    """The real rows that the newest weights of the batch drew, [B] bool: all of them without replay.
+
+    What the policy says now is measured on these; earlier rows, which another policy drew, would drag the metrics and PPO's controller behind.
+    (With rollouts ahead the first few have the same weights, and replayed rows among them count too.)
+
+    Args:
+      batch: the rollout.
+    """
+    chex.assert_equal_shape([batch.version, batch.truncated])
+    versions = jnp.where(batch.real, batch.version, -1)
+    return batch.real & (versions == versions.max())
+
+
 def penalised(scores: Array, truncated: Array, *, missing_eos_penalty: float) -> Array:
     """The score of each completion, less a penalty where the budget ran out before a stop token, [B].
 
@@ -85,23 +99,23 @@ def completion_scores(
       missing_eos_penalty: subtracted from a truncated row's score, ≥ 0; 0 = none.
 
     Returns:
-      scores: [B], 0 where there is none.
-      known: [B] bool, the rows that have a score.
+      scores: [B], 0 where the reward gave none.
+      known: [B] bool, the rows to which it gave one.
       metrics: of the rollout.
     """
     chex.assert_equal_shape([old_logps, batch.seqs.tokens])
-    mask, (raw, known) = loss_tokens(batch.seqs), known_scores(batch)
+    mask, fresh, (raw, known) = loss_tokens(batch.seqs), newest(batch), known_scores(batch)
     metrics = rollout_metrics(batch, raw_scores(batch))
     scores = penalised(raw, batch.truncated, missing_eos_penalty=missing_eos_penalty)
     if batch.seqs.ref_logps is not None:
-        metrics |= kl_metrics(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, batch.real)
+        metrics |= kl_metrics(log_ratio(old_logps, batch.seqs.ref_logps, mask), mask, fresh)
     if beta and kl_in == "reward":
         log_ratios = log_ratio(old_logps, reference_logps(batch.seqs, "with config.objective.beta > 0"), mask)
         penalty = -beta * masked_sum(ESTIMATORS[kl_estimator](log_ratios), mask)
         scores = scores + penalty
-        metrics["objective/non_score_reward"] = Mean.of(penalty, batch.real)
-        metrics["objective/rlhf_reward"] = Mean.of(scores, known)
-    return scores, known, metrics
+        metrics["objective/non_score_reward"] = Mean.of(penalty, fresh)
+        metrics["objective/rlhf_reward"] = Mean.of(scores, known & fresh)
+    return jnp.where(known, scores, 0.0), known, metrics
 
 
 def before_update(nets: Any, batch: Rollout, *more: Any) -> tuple[Array, Any, dict[str, Mean]]:
@@ -247,29 +261,31 @@ def log_ratio(logps: Array, fixed: Array, mask: Array) -> Array:
 
 
 def length_metrics(batch: Rollout) -> dict[str, Mean]:
-    """The policy's own tokens per row, and the fraction of truncated rows.
+    """The policy's own tokens per row, and the fraction of truncated rows, over the newest ones.
 
     Args:
       batch: the rollout.
     """
     chex.assert_rank(batch.truncated, 1)
-    return {"rollout/length": Mean.of(loss_tokens(batch.seqs).sum(-1), batch.real), "rollout/truncated": Mean.of(batch.truncated, batch.real)}
+    fresh = newest(batch)
+    return {"rollout/length": Mean.of(loss_tokens(batch.seqs).sum(-1), fresh), "rollout/truncated": Mean.of(batch.truncated, fresh)}
 
 
 def rollout_metrics(batch: Rollout, scores: Array) -> dict[str, Mean]:
-    """Mean and standard deviation of the scores, the policy's own tokens per row, and the fractions of truncated and of unscored rows.
+    """Mean and standard deviation of the scores, the policy's own tokens per row, the fractions of truncated and of unscored rows; all of the newest.
 
     Args:
       batch: the rollout.
       scores: [B], as the reward gave them; NaN where it gave none.
     """
     chex.assert_equal_shape([scores, batch.truncated])
-    known = batch.real & ~jnp.isnan(scores)
+    fresh = newest(batch)
+    known = fresh & ~jnp.isnan(scores)
     _, variance = masked_moments(scores, known)
     return {
         "objective/score": Mean.of(scores, known),
         "objective/score_std": Mean.of(jnp.sqrt(variance)),
-        "rollout/unscored": Mean.of(~known, batch.real),
+        "rollout/unscored": Mean.of(~known, fresh),
     } | length_metrics(batch)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.objectives._reference import reference_logps
 from rlhf_jax.objectives._rollouts import (
     before_update,
@@ -29,6 +30,7 @@ from rlhf_jax.objectives._rollouts import (
     kl_metrics,
     known_scores,
     log_ratio,
+    newest,
     penalised,
     ratio_metrics,
     raw_scores,
@@ -52,10 +54,12 @@ DEFAULTS = {
 }
 RANGES = {
     "kl_coef": (0.0, math.inf), "kl_target": (1e-9, math.inf), "kl_horizon": (1e-9, math.inf), "gamma": (0.0, 1.0), "lam": (0.0, 1.0),
-    "clip": (0.0, 1.0), "dual_clip": (1.0, math.inf), "value_clip": (0.0, math.inf), "value_coef": (0.0, math.inf), "entropy_coef": (0.0, math.inf),
+    "clip": (0.0, 1.0), "dual_clip": (1.0, math.inf), "value_clip": (1e-9, math.inf), "value_coef": (0.0, math.inf), "entropy_coef": (0.0, math.inf),
     "missing_eos_penalty": (0.0, math.inf), "reward_scale": (1e-9, math.inf), "reward_clip": (1e-9, math.inf), "correction_low": (0.0, 1.0),
     "correction_high": (1.0, math.inf), "kl_estimator": ESTIMATORS, "correction": CORRECTIONS,
 }
+
+MOST = 0.2  # of the controller: how far a KL counts as off its target, as a share of it
 
 
 def shaped_scores(scores: Array, *, reward_scale: float, reward_clip: float) -> Array:
@@ -94,16 +98,16 @@ def updated_kl_coef(kl_coef: Array, kl: Array, sequences: Array, *, kl_target: f
     Args:
       kl_coef: c, [].
       kl: mean KL per sequence of this rollout, [] nats.
-      sequences: n, [], the rollout's real rows.
+      sequences: n, [], the rows of it.
       kl_target: nats per sequence, > 0.
-      kl_horizon: sequences, > 0; inf keeps c as it is.
+      kl_horizon: sequences, > 0.2 n, or c would reach 0; inf keeps c as it is.
 
     See: Ziegler et al. 2019, section 2.2, with K_β = n / kl_horizon as in its code.
     """
     chex.assert_rank([kl_coef, kl, sequences], 0)
     if math.isinf(kl_horizon):
         return kl_coef
-    return kl_coef * (1.0 + jnp.clip(kl / kl_target - 1.0, -0.2, 0.2) * sequences / kl_horizon)
+    return kl_coef * (1.0 + jnp.clip(kl / kl_target - 1.0, -MOST, MOST) * sequences / kl_horizon)
 
 
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
@@ -143,18 +147,25 @@ def prepare(
       carry: the coefficient of the KL penalty.
       key: unused.
       whiten_rewards: divide the rewards per token by their deviation over the batch, their mean kept.
+
+    Raises:
+      UserError: kl_horizon is so short that the batch could take the coefficient to 0 or below.
     """
     chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
+    if kl_horizon <= MOST * (rows := batch.truncated.shape[0]):
+        raise UserError(f"config.objective.kl_horizon = {kl_horizon:g}: {rows} rows a batch could take the coefficient of the KL penalty to 0 or below; "
+                        f"choose more than {MOST * rows:g} sequences")
     raw, known = known_scores(batch)
+    fresh = known & newest(batch)
     metrics = rollout_metrics(batch, raw_scores(batch))
     batch = trainable_rows(batch, known, mask_truncated=False)
     mask = loss_tokens(batch.seqs)
     old_logps, out, gap = before_update(nets, batch, "values")  # actor and critic in one pass
     ref_logps = reference_logps(batch.seqs, "ppo") if kl_coef else batch.seqs.ref_logps
     ratios = log_ratio(old_logps, old_logps if ref_logps is None else ref_logps, mask)
-    kl = sequence_kl(ratios, mask, known)
+    kl = sequence_kl(ratios, mask, fresh)
     if ref_logps is not None:
-        metrics |= kl_metrics(ratios, mask, known)
+        metrics |= kl_metrics(ratios, mask, fresh)
 
     scores = shaped_scores(raw, reward_scale=reward_scale, reward_clip=reward_clip)
     scores = penalised(scores, batch.truncated, missing_eos_penalty=missing_eos_penalty)
@@ -162,8 +173,8 @@ def prepare(
     total = masked_sum(rewards, mask)
     metrics |= {
         "objective/kl_coef": Mean.of(carry["kl_coef"]),
-        "objective/non_score_reward": Mean.of(jnp.where(mask.any(-1), total - scores, 0.0), known),
-        "objective/rlhf_reward": Mean.of(total, known),
+        "objective/non_score_reward": Mean.of(jnp.where(mask.any(-1), total - scores, 0.0), fresh),
+        "objective/rlhf_reward": Mean.of(total, fresh),
     }
     if whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
@@ -188,7 +199,7 @@ def loss(
       keys: [B] or None.
       clip: how far the policy's ratio may leave 1, [0, 1].
       dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; 3 is usual, inf = off.
-      value_clip: how far a value may move from the old one before its loss goes flat, > 0, in units of the reward.
+      value_clip: how far a value may move from the old one before its loss goes flat, > 0, in units of the reward; inf = off.
       value_coef: weight of the value loss, ≥ 0.
       entropy_coef: weight of the entropy bonus, ≥ 0; 0 = off.
     """

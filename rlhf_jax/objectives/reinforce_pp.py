@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax.objectives import _policy
 from rlhf_jax.objectives._policy import clipped_loss, token_means
 from rlhf_jax.objectives._reference import reference_logps
-from rlhf_jax.objectives._rollouts import before_update, completion_scores, log_ratio, trainable_rows, with_advantages
+from rlhf_jax.objectives._rollouts import before_update, completion_scores, log_ratio, newest, trainable_rows, with_advantages
 from rlhf_jax.objectives.ppo import token_rewards
 from rlhf_jax.ops.advantages import gae, group_centred
 from rlhf_jax.ops.masking import loss_tokens, masked_sum, whiten
@@ -66,11 +66,14 @@ def prepare(
     old_logps, _, gap = before_update(nets, batch)
     scores, known, metrics = completion_scores(batch, old_logps, beta=0.0, kl_estimator=kl_estimator, kl_in=kl_in,
                                                missing_eos_penalty=missing_eos_penalty)
-    scores = baselined(scores, batch.group_ids, known, group_baseline=group_baseline)
     coef = beta if kl_in == "reward" else 0.0
-    ref_logps = reference_logps(batch.seqs, "reinforce_pp") if coef else old_logps
-    rewards = token_rewards(scores, log_ratio(old_logps, ref_logps, mask), mask, jnp.float32(coef), kl_estimator=kl_estimator)
-    metrics["objective/rlhf_reward"] = Mean.of(masked_sum(rewards, mask), known)
+    log_ratios = log_ratio(old_logps, reference_logps(batch.seqs, "reinforce_pp") if coef else old_logps, mask)
+
+    def rewarded(scores: Array) -> Array:
+        return token_rewards(scores, log_ratios, mask, jnp.float32(coef), kl_estimator=kl_estimator)
+
+    metrics["objective/rlhf_reward"] = Mean.of(masked_sum(rewarded(scores), mask), known & newest(batch))  # before any baseline
+    rewards = rewarded(baselined(scores, batch.group_ids, known, group_baseline=group_baseline))
 
     batch = trainable_rows(batch, known, mask_truncated=mask_truncated)
     counted = loss_tokens(batch.seqs)

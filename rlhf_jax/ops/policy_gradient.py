@@ -45,30 +45,11 @@ def clipped_surrogate(
     return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
 
 
-def surrogate_is_clipped(
-    log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
-) -> Array:
-    """True where a clip takes the gradient away: the ratio is out of bounds on the side that the advantage pushes to, or beyond `dual_clip`.
-
-    Args:
-      log_ratio: log ρ of each action, any shape, nats.
-      advantages: same shape.
-      clip_low: how far the ratio may fall below 1, [0, 1].
-      clip_high: how far the ratio may rise above 1, ≥ 0.
-      dual_clip: largest ratio that counts where the advantage is negative, ≥ 1; inf = off.
-
-    Returns:
-      Same shape, bool.
-    """
-    chex.assert_equal_shape([log_ratio, advantages])
-    below, above = clipped_sides(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return below | above
-
-
 def clipped_sides(
     log_ratio: Array, advantages: Array, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
 ) -> tuple[Array, Array]:
-    """`surrogate_is_clipped` by the side on which the ratio is out of bounds: too small with A < 0, too large with A > 0 or beyond `dual_clip`.
+    """True where a clip takes the gradient away, by the side on which the ratio is out of bounds: too small with A < 0, too large with A > 0 or
+    beyond `dual_clip`.
 
     Args:
       log_ratio: log ρ of each action, any shape, nats.
@@ -118,5 +99,6 @@ def value_is_clipped(values: Array, old_values: Array, returns: Array, *, clip: 
       Same shape, bool.
     """
     chex.assert_equal_shape([values, old_values, returns])
-    near = old_values + jnp.clip(values - old_values, -clip, clip)
-    return jnp.square(near - returns) > jnp.square(values - returns)
+    moved = values - old_values
+    near = old_values + jnp.clip(moved, -clip, clip)  # within the bounds it is V but for rounding, which is no clip
+    return (jnp.abs(moved) > clip) & (jnp.square(near - returns) > jnp.square(values - returns))

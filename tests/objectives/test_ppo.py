@@ -104,6 +104,40 @@ def test_an_infinite_horizon_keeps_the_coefficient():
     assert float(got) == np.float32(0.3)
 
 
+@pytest.mark.parametrize("horizon", [1e-9, 0.8])
+def test_a_horizon_that_a_batch_could_use_up_is_refused(horizon):
+    """0.2 of 4 rows is 0.8: the coefficient would be 0 after a rollout without KL; a little more leaves a little of it."""
+    rng = np.random.default_rng(4)
+    fake = tabular.nets(rng, V)
+    batch = tabular.with_reference(fake, tabular.rollout(rng, 4, 8, V))
+    with pytest.raises(UserError, match="config.objective.kl_horizon = .*choose more than 0.8 sequences"):
+        tabular.prepare(bind(kl_horizon=horizon), fake, batch)
+    carry = tabular.prepare(bind(kl_horizon=0.81, kl_target=1e9), fake, batch)[1]
+    assert 0 < float(carry["kl_coef"]) < 0.05
+
+
+def test_a_value_clip_of_zero_is_refused_and_infinity_is_none():
+    with pytest.raises(UserError, match="config.objective.value_clip = 0.0"):
+        objectives.bind({**CONFIGS["ppo"], "value_clip": 0.0})
+    rng = np.random.default_rng(4)
+    fake = tabular.nets(rng, V)
+    batch = tabular.prepare(bind(kl_coef=0.0), fake, tabular.rollout(rng, 4, 8, V))[0]
+    assert float(tabular.loss(bind(value_clip=INF), tabular.nets(np.random.default_rng(5), V), batch)[1]["value/clip_frac"].compute()) == 0.0
+
+
+def test_the_controller_and_the_metrics_see_what_the_newest_weights_drew():
+    """Of a batch whose second half are earlier rows they are those of the first half alone."""
+    rng = np.random.default_rng(7)
+    fake, bound = tabular.nets(rng, V), bind(kl_horizon=100.0, kl_target=0.1)
+    batch = tabular.with_reference(fake, tabular.rollout(rng, 6, 8, V))
+    _, carry, metrics = tabular.prepare(bound, fake, batch.replace(version=jnp.array([3, 3, 3, 1, 2, 2])))
+    _, alone, expected = tabular.prepare(bound, fake, jax.tree.map(lambda x: x[:3], batch))
+    np.testing.assert_allclose(carry["kl_coef"], alone["kl_coef"], rtol=1e-6)
+    for name in ("objective/score", "objective/score_std", "objective/kl", "objective/kl_from_reference", "objective/rlhf_reward",
+                 "objective/non_score_reward", "rollout/length", "rollout/truncated", "rollout/unscored"):
+        np.testing.assert_allclose(metrics[name].compute(), expected[name].compute(), rtol=1e-5, err_msg=name)
+
+
 def test_the_coefficient_of_the_carry_is_the_one_used_and_logged():
     rng = np.random.default_rng(4)
     fake = tabular.nets(rng, V)

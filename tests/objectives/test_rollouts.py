@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax import objectives
 from rlhf_jax.errors import UserError
-from rlhf_jax.objectives import cispo, gmpo, rloo, sapo, vespo
+from rlhf_jax.objectives import _rollouts, cispo, gmpo, rloo, sapo, vespo
 from rlhf_jax.ops.masking import loss_tokens
 from tests import reference
 from tests.objectives import tabular
@@ -226,6 +226,24 @@ def test_a_completion_without_a_score_is_as_if_it_were_not_there(name):
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
     for table in got[1]:
         np.testing.assert_allclose(got[1][table], expected[1][table], rtol=1e-4, atol=1e-6)
+
+
+def test_completion_scores_are_zero_where_there_is_none():
+    fake, batch = rolled()
+    batch = batch.replace(scores=batch.scores.at[1].set(jnp.nan))  # row 1 is truncated too
+    scores, known, _ = _rollouts.completion_scores(batch, fake.policy(batch.seqs).logps, beta=0.3, kl_estimator="k1", kl_in="reward",
+                                                   missing_eos_penalty=1.0)
+    assert float(scores[1]) == 0.0 and known.tolist() == [True, False, True, True, True, True] and (scores[known] != 0).all()
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_the_logged_reward_of_reinforce_pp_knows_no_baseline(kl_in):
+    """Centred scores have the mean 0, whatever the policy earns."""
+    fake, batch = rolled()
+    batch = batch.replace(scores=batch.scores + 5.0)
+    with_baseline, without = (tabular.prepare(bind("reinforce_pp", group_baseline=flag, kl_in=kl_in), fake, batch)[2] for flag in (True, False))
+    found = float(with_baseline["objective/rlhf_reward"].compute())
+    assert found > 2.0 and found == pytest.approx(float(without["objective/rlhf_reward"].compute()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo"])
