@@ -137,7 +137,7 @@ class Rollout(struct.PyTreeNode, kw_only=True):
 class TrainState(struct.PyTreeNode, kw_only=True):
     """All that training changes, and all that a checkpoint needs. Frozen networks travel beside it."""
 
-    step: Array  # [] int32, optimizer updates
+    step: Array  # [] int32, optimizer updates, those that were not finite included
     batch_index: Array  # [] int32, batches consumed; also the iteration of a rollout
     params: PyTree  # only what trains: {"policy": …} or {"reward": …}, and {"critic": …} for an actor-critic
     opt_state: PyTree

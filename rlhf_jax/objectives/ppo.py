@@ -153,8 +153,8 @@ def prepare(
     """
     chex.assert_rank([batch.seqs.tokens, batch.truncated], [2, 1])
     if kl_horizon <= MOST * (rows := batch.truncated.shape[0]):
-        raise UserError(f"config.objective.kl_horizon = {kl_horizon:g}: {rows} rows a batch could take the coefficient of the KL penalty to 0 or below; "
-                        f"choose more than {MOST * rows:g} sequences")
+        raise UserError(f"config.objective.kl_horizon = {kl_horizon:g}: a batch of {rows} rows could take the coefficient of the KL penalty to 0 or "
+                        f"below; choose more than {MOST * rows:g} sequences")
     raw, known = known_scores(batch)
     fresh = known & newest(batch)
     metrics = rollout_metrics(batch, raw_scores(batch))

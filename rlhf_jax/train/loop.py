@@ -171,7 +171,7 @@ class _Run:
             self._save(state, step, improved=False, force=True)
         self.saver.wait()
         skipped = int(state.opt_state.total_notfinite)
-        if step and skipped == int(state.step):
+        if skipped and skipped == int(state.step):
             raise UserError(f"none of the {skipped} updates was applied: gradients were not finite from the first one on; look at "
                             "config.model, config.optimizer and the data")
         best = self._best()

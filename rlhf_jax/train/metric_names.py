@@ -61,6 +61,7 @@ METRICS: dict[str, str] = {
     "optimizer/update_norm": "global norm of the update [1]",
     "optimizer/param_norm": "global norm of the trained parameters [1]",
     "optimizer/skipped": "share of this batch's updates skipped because a gradient or an update was not finite [1]",
+    "optimizer/empty": "share of this batch's updates left out because none of their rows trains anything: filler, or no score [1]",
     "optimizer/nonfinite_run": "updates skipped in a row up to now [updates]",
     "rollout/length": "response tokens per completion [tokens]",
     "rollout/truncated": "fraction of completions without a stop token [0,1]",

@@ -108,18 +108,21 @@ def _with_whole(metrics: Metrics, scale: dict[str, Array]) -> Metrics:
     return {**metrics, "loss": Mean(jnp.asarray(whole, jnp.float32), jnp.float32(1.0))}
 
 
-def _finite_update(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState, **extra: Any) -> tuple[PyTree, Any]:
-    """Updates and the optimizer's next state; zeros and the old state, counted, where gradients, their norm or updates are not finite.
+def _finite_update(
+    optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState, filled: Array, **extra: Any
+) -> tuple[PyTree, Any, Array]:
+    """Updates, the optimizer's next state, and whether it failed: zeros and the old state, counted, where gradients, their norm or updates are not
+    finite; zeros and the old state, not counted, where there was nothing to train on (`filled` is false).
 
     `optax.apply_if_finite` looks at the gradients only. A gradient whose square overflows would leave Adam's second moment infinite, and its
     parameter standing still, for ever; and clipping to a norm would turn the whole update into zeros that nobody counts."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)] + [jnp.isfinite(optax.global_norm(grads))]))
-    counted = state.opt_state._replace(
-        notfinite_count=state.opt_state.notfinite_count + 1, total_notfinite=state.opt_state.total_notfinite + 1, last_finite=jnp.array(False)
-    )
-    updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
-    return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, counted)
+    old, taken = state.opt_state, finite & filled
+    counted = old._replace(notfinite_count=old.notfinite_count + filled, total_notfinite=old.total_notfinite + filled,
+                           last_finite=old.last_finite & ~filled)
+    updates = jax.tree.map(lambda x: jnp.where(taken, x, 0), updates)
+    return updates, jax.tree.map(lambda new, old: jnp.where(taken, new, old), opt_state, counted), filled & ~finite
 
 
 def make_update(
@@ -138,16 +141,19 @@ def make_update(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows.count(batch)))
         grads, metrics = gradients(objective, nets, batch, keys, microbatches)
         extra = {"held": state.batch_index < critic_only} if critic_only else {}
-        updates, opt_state = _finite_update(optimizer, grads, state, **extra)
+        # Momentum, weight decay and the schedule would move on all the same after rows that train nothing: filler, or without a score.
+        filled = jnp.array([term.count for name, term in metrics.items() if name.startswith("loss/")]).any()
+        updates, opt_state, failed = _finite_update(optimizer, grads, state, filled, **extra)
         applied = state.step - state.opt_state.total_notfinite
         one = jnp.float32(1.0)
         metrics |= {
             "optimizer/grad_norm": Mean(optax.global_norm(grads), one),
             "optimizer/lr": Mean(jnp.asarray(rate(applied), jnp.float32), one),
-            "optimizer/skipped": Mean(1.0 - opt_state.last_finite.astype(jnp.float32), one),
+            "optimizer/skipped": Mean(failed.astype(jnp.float32), one),
+            "optimizer/empty": Mean(1.0 - filled.astype(jnp.float32), one),
         }
         params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return state.replace(step=state.step + filled, params=params, opt_state=opt_state), metrics
 
     return update
 
@@ -183,7 +189,8 @@ def make_step(
       microbatches: gradient accumulation within an update.
       epochs: passes over the batch.
       minibatches: updates per pass; with more than one, rows are shuffled anew in each pass, groups that share a prompt as one.
-      critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it).
+      critic_only: batches from the run's first on whose updates of all but the critic are not applied (the optimizer is built for it), nor those of
+        the carry: a KL controller has nothing to control while the policy stands still.
     """
     update = make_update(objective, spec, optimizer, rate, microbatches=microbatches, critic_only=critic_only)
     prepare = make_prepare(objective, spec, microbatches * minibatches)
@@ -204,10 +211,10 @@ def make_step(
         age = {"rollout/staleness": Mean.of(state.batch_index - batch.version, batch.real)} if isinstance(batch, Rollout) else {}
         batch, carry, prepared = prepare(state, frozen, batch, shared)
         run = functools.partial(update, passes=shared) if epochs * minibatches == 1 else passes
-        skipped_before, old_carry = state.opt_state.total_notfinite, state.carry
+        applied_before, old_carry = state.step - state.opt_state.total_notfinite, state.carry
         state, metrics = run(state, frozen, batch)
         # A batch that gave no update leaves no other trace either.
-        counts = state.opt_state.total_notfinite - skipped_before < epochs * minibatches
+        counts = (state.step - state.opt_state.total_notfinite > applied_before) & (state.batch_index >= critic_only)
         finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)] + [counts]))
         state = state.replace(carry=jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, old_carry))
         # In a row, at the end of this batch: what stops a run (config.run.max_nonfinite).

@@ -110,14 +110,14 @@ def test_a_horizon_that_a_batch_could_use_up_is_refused(horizon):
     rng = np.random.default_rng(4)
     fake = tabular.nets(rng, V)
     batch = tabular.with_reference(fake, tabular.rollout(rng, 4, 8, V))
-    with pytest.raises(UserError, match="config.objective.kl_horizon = .*choose more than 0.8 sequences"):
+    with pytest.raises(UserError, match=r"config.objective.kl_horizon = .*choose more than 0.8 sequences"):
         tabular.prepare(bind(kl_horizon=horizon), fake, batch)
     carry = tabular.prepare(bind(kl_horizon=0.81, kl_target=1e9), fake, batch)[1]
     assert 0 < float(carry["kl_coef"]) < 0.05
 
 
 def test_a_value_clip_of_zero_is_refused_and_infinity_is_none():
-    with pytest.raises(UserError, match="config.objective.value_clip = 0.0"):
+    with pytest.raises(UserError, match=r"config.objective.value_clip = 0.0"):
         objectives.bind({**CONFIGS["ppo"], "value_clip": 0.0})
     rng = np.random.default_rng(4)
     fake = tabular.nets(rng, V)

@@ -188,7 +188,8 @@ def test_the_reference_becomes_the_policy(fused: bool, finished: Any, tmp_path: 
 def test_the_critic_goes_first(tmp_path: pathlib.Path) -> None:
     """Two iterations leave the policy and its average as they were, and not the critic; the third moves it, no further than its rate."""
     config = tiny("ppo", {**FAST, "run.steps": 3, "run.epochs": 1, "checkpoint.every": 1, "checkpoint.keep": 3, "optimizer.ema_decay": 0.5,
-                          "schedule.critic_only": 2, "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.1})
+                          "schedule.critic_only": 2, "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.1,
+                          "objective.kl_horizon": 64.0})
     exp = assemble(*check(config))
     first = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(exp.start.state().params)[0]}
     train(config, str(tmp_path))
@@ -198,6 +199,11 @@ def test_the_critic_goes_first(tmp_path: pathlib.Path) -> None:
         assert (moved["policy"] > 0) == (step == 3) and moved["critic"] > 1e-4, step
         assert moved["policy"] < 2.5e-3, "two updates of its rate: the moments are warm"
     assert series(tmp_path, "policy/ratio_max")[0] == pytest.approx(1.0, abs=1e-4)
+    coefficients = series(tmp_path, "objective/kl_coef")
+    assert coefficients == pytest.approx([0.05] * 3, rel=1e-6), "a controller has nothing to control while the policy stands still"
+    with checkpoint.Checkpointer(tmp_path / "checkpoints", every=0, keep=3) as saver:
+        state, _ = restore(exp, saver)
+    assert float(state.carry["kl_coef"]) < 0.05, "and goes on afterwards"
 
 
 # --- killed, and on other meshes ---

@@ -196,6 +196,37 @@ def test_one_broken_minibatch_of_two_is_skipped_alone():
     assert log["optimizer/skipped"] == 0.5 and float(state.params["w"]) != pytest.approx(0.7) and float(state.carry["count"]) == 1.0
 
 
+WEIGHED = types.SimpleNamespace(prepare=prepare, loss=lambda nets, p, keys: ({"square": Mean.of((nets.params["w"] * p.x - p.y) ** 2, p.weight)}, {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"minibatches": 2}])
+def test_a_batch_without_weight_is_no_update(options):
+    """Momentum, weight decay, the average and the rate stay where they were; a later batch goes on as if it had not been there."""
+    step, tx, rate = built(WEIGHED, NetworkSpec(), ema_decay=0.5, weight_decay=0.1, warmup_steps=5, **options)
+    empty, broken = points().replace(weight=jnp.zeros(8)), points().replace(x=jnp.full(8, jnp.nan))
+    runs = []
+    for batches in ([points(), empty], [points()], [points(), broken, empty.replace(x=broken.x)]):
+        state = first_state({"w": jnp.float32(0.7)}, tx, {"count": jnp.float32(0)})
+        for batch in batches:
+            state, metrics = step(state, {}, batch)
+        runs.append((state, {name: float(m.compute()) for name, m in metrics.items()}))
+    (state, log), (alone, before), (after, last) = runs
+    updates = options.get("minibatches", 1)
+    tiny.close((state.params, state.opt_state, state.carry), (alone.params, alone.opt_state, alone.carry), rtol=0, atol=0)
+    assert (int(state.step), int(state.batch_index)) == (updates, 2)
+    assert (log["optimizer/empty"], log["optimizer/skipped"], log["optimizer/nonfinite_run"]) == (1, 0, 0) and before["optimizer/empty"] == 0
+    assert log["optimizer/lr"] == pytest.approx(float(rate(updates)))
+    assert (last["optimizer/empty"], last["optimizer/skipped"], last["optimizer/nonfinite_run"]) == (1, 0, updates), "it neither fails nor succeeds"
+    assert int(after.opt_state.total_notfinite) == updates
+
+
+def test_one_empty_minibatch_of_two_is_left_out_alone():
+    step, tx, _ = built(WEIGHED, NetworkSpec(), minibatches=2)
+    weight = jnp.zeros(8).at[0].set(1.0)
+    state, metrics = step(first_state({"w": jnp.float32(0.7)}, tx, {"count": jnp.float32(0)}), {}, points().replace(weight=weight))
+    assert float(metrics["optimizer/empty"].compute()) == 0.5 and int(state.step) == 1 and float(state.carry["count"]) == 1.0
+
+
 def test_a_carry_that_turns_non_finite_is_not_taken():
     def spoil(nets, batch, carry, key):
         return batch, {"count": carry["count"] + jnp.inf}, {}
