@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -118,6 +118,16 @@ def _trained_part(full: PyTree, like: PyTree) -> PyTree:
     return {key: _trained_part(full[key], like[key]) if isinstance(like[key], dict) else full[key] for key in like}
 
 
+class _Samples(NamedTuple):
+    """What one iteration may still have to write to samples.jsonl."""
+
+    step: int
+    rolled: Rollout | None  # kept where rows of it are shown, or a network may have failed on some
+    shown: bool  # its first rows are due
+    failures: list[dict[str, Any]]
+    transcripts: list[dict[str, Any]]
+
+
 class _Run:
     """The loop and what it carries from batch to batch besides the state."""
 
@@ -128,7 +138,7 @@ class _Run:
         # As float32, which the log's text stands for: values read back must equal those measured, or ties would break differently.
         self.history = [(line["step"], float(np.float32(line[self.validation["metric"]]))) for line in run_log.read_metrics(folder)
                         if self.validation["metric"] in line]
-        self.samples: tuple[int, Rollout | None, list[dict[str, Any]], list[dict[str, Any]]] | None = None
+        self.samples: _Samples | None = None
         self.profile, self.tracing = profile, False
 
     def go(self, state: TrainState, start: int) -> Result:
@@ -148,8 +158,7 @@ class _Run:
             for step in range(start + 1, end + 1):
                 with self._traced(step - start):
                     state, metrics, rolled = self.programs.advance(state, batches)
-                self._watch(self.log.write(step, metrics))
-                self._sample(step, rolled)
+                self._account(self.log.write(step, metrics), step, rolled)
                 if self.programs.compilations() > 1:
                     raise AssertionError("the train step was compiled twice: a batch changed its shape or dtype after warm-up")
                 improved = self._validate(state, step)
@@ -162,8 +171,7 @@ class _Run:
                     stopped = "early"
                     break
             self._end_trace()
-            self._watch(self.log.flush())
-            self._sample(step, None)
+            self._account(self.log.flush(), step, None)
         return self._finish(state, step, stopped)
 
     def _finish(self, state: TrainState, step: int, stopped: str) -> Result:
@@ -196,20 +204,30 @@ class _Run:
             jax.profiler.stop_trace()
         self.profile = self.tracing = False
 
+    def _account(self, values: Mapping[str, float] | None, step: int, rolled: Rollout | None) -> None:
+        """Samples of the write before, whose values these are, then what stops the run; keeps this step's rollout for its turn."""
+        self._sample(step, rolled, values or {})
+        self._watch(values)
+
     def _watch(self, values: Mapping[str, float] | None) -> None:
-        """Stops the run after too many non-finite updates in a row; the values are those of the write before."""
-        limit = self.exp.config["run"]["max_nonfinite"]
+        """Stops the run after too many non-finite updates in a row, or a reward that failed; the values are those of the write before."""
+        failed, limit = (values or {}).get("reward/failed", 0.0), self.exp.config["run"]["max_nonfinite"]
+        if failed > 0 and self.exp.config["reward_failure"]["policy"] == "raise":
+            raise UserError(f"config.reward_failure.policy = 'raise': a reward network gave {failed:.3g} of the samples no finite number (they are "
+                            "in samples.jsonl); look at the reward model, or choose 'mask' or 'default'; the last checkpoint is intact")
         if values is not None and values.get("optimizer/nonfinite_run", 0.0) >= limit:
             raise UserError(f"config.run.max_nonfinite = {limit}: that many updates in a row had non-finite gradients and were skipped; "
                             "lower config.optimizer.lr or look at the data; the last checkpoint is intact")
 
-    def _sample(self, step: int, rolled: Rollout | None) -> None:
+    def _sample(self, step: int, rolled: Rollout | None, values: Mapping[str, float]) -> None:
         """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for; those without a reward always."""
         log = self.exp.config["log"]
         if self.samples is not None and distributed.is_lead():
-            at, previous, failures, transcripts = self.samples
+            at, previous, shown, failures, transcripts = self.samples
             rows, scores, components = [], None, None
-            if previous is not None:
+            if previous is not None and values.get("reward/failed", 0.0) > 0:
+                failures = failures + self.programs.network_failures(previous)
+            if previous is not None and shown:
                 rows = transcripts[: log["samples"]] or completions(self.exp, previous, self.exp.train_data, log["samples"])
                 scores, components = (None if x is None else np.asarray(jax.device_get(x))[: log["samples"]]
                                       for x in (previous.scores, previous.components))
@@ -217,8 +235,9 @@ class _Run:
                 for row in failed_samples(failures, rows, scores, components, self.programs.labels):
                     file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
         failures = self.programs.failures if rolled is not None else []
-        due = rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps)
-        self.samples = (step, rolled if due else None, failures, self.programs.transcripts if due else []) if due or failures else None
+        due = bool(rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps))
+        kept = rolled if due or self.programs.by_networks else None
+        self.samples = _Samples(step, kept, due, failures, self.programs.transcripts if due else []) if kept is not None or failures else None
 
     def _due(self, step: int) -> bool:
         return bool(self.every and step % self.every == 0) or self.saver.reached_preemption(step)
@@ -250,8 +269,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, improved: bool, force: bool = False) -> None:
         exp = self.exp
         # The log first: a kill right after the save must find this step's lines written.
-        self._watch(self.log.flush())
-        self._sample(step, None)
+        self._account(self.log.flush(), step, None)
         meta, averaged = self._meta(state, step), exp.config["optimizer"]["ema_decay"] > 0
         # The best one first, and wholly: a run that goes on from `step` will not come by here again.
         if improved:

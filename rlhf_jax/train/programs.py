@@ -111,6 +111,15 @@ class Programs:
         return self.rollouts.failures if self.rollouts is not None else []
 
     @property
+    def by_networks(self) -> bool:
+        """Whether a reward is a network on the policy's own tokens: what it fails on only its scores tell."""
+        return self._rewards is not None and self._rewards.by_networks
+
+    def network_failures(self, rolled: Rollout) -> list[dict[str, Any]]:
+        """The samples of a rollout from `advance` that a reward network failed on; waits for it."""
+        return self._rewards.network_failures(rolled, self.exp.train_data) if self._rewards is not None else []
+
+    @property
     def labels(self) -> list[str]:
         """Of a rollout's `components`."""
         return self._rewards.labels if self._rewards is not None else []
@@ -217,8 +226,9 @@ class Programs:
             rolled, _ = self._episodes.play(params, self.exp.frozen, prompts, key, first, self.exp.valid_data, validation=True)
         else:
             rolled = self._validation_rollout(params, self.exp.frozen, prompts, state.key)
-            assert self._rewards is not None
-            rolled, _ = self._rewards.measure(self.exp.frozen, rolled, self.exp.valid_data, validation=True)
+            assert self._rewards is not None and self.rollouts is not None
+            reading = self.rollouts.read(rolled, self.exp.valid_data)
+            rolled, _ = self._rewards.measure(self.exp.frozen, rolled, self.exp.valid_data, validation=True, reading=reading)
         assert rolled.scores is not None
         scores = rolled.scores
         length = rolled.seqs.loss_mask.sum(-1)

@@ -2,8 +2,9 @@
 
 Flow: each component is a column of raw rewards. Networks that read the policy's own tokens are pure JAX; functions, and reward models with another
 tokenizer, read text on the host. Where all are pure JAX the whole score is, and goes into the fused iteration; else the pure columns are computed
-in one program, the others on the host, and one more program combines them (rewards.combine). A function that fails meets config.reward_failure: the
-run stops, or the row stays without a score, or gets another number; each such sample goes to the log with the reason.
+in one program, the others on the host, and one more program combines them (rewards.combine). A reward that fails meets config.reward_failure: the
+run stops, or the row stays without a score, or gets another number; each such sample goes to the log with the reason. A network that gives no finite
+number is told by the metric reward/failed, which the loop reads an iteration late: nobody waits for the device.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Reading(NamedTuple):
     """What the rewards that read text said of a rollout."""
 
     columns: np.ndarray  # [B, C'] float32
-    failures: Rows  # samples without a reward, each with its `failed`: {label: reason}
+    failures: Rows  # samples without a reward, each with its `row` and `failed`: {label: reason}
 
 
 class Rewards:
@@ -69,6 +70,9 @@ class Rewards:
         self._parts = entries.parse(exp.config["rewards"])
         self._columns = self._build()
         self.pure = all(column.pure is not None for column in self._columns)
+        self.by_networks = any(column.pure is not None for column in self._columns)
+        # What each reward gave: where there are several, or where the default would hide what a network failed on.
+        self._kept = bool(self._parts) or (self._default is not None and self.by_networks)
         self.detached = not any(column.asks_device for column in self._columns)  # `read` runs no program
         self.failures: Rows = []  # of the last `measure`
 
@@ -137,10 +141,8 @@ class Rewards:
         raw = jnp.stack([next(given) if column.pure is None else column.pure(frozen, rollout) for column in self._columns], axis=-1)
         shares = [column.share for column in self._columns]
         scores, metrics = combine(raw, rollout.real, shares, default=self._default, batch_moments=not validation)
-        if self._parts:
-            return scores, raw, metrics
         # The short form has one component, which objective/score shows.
-        return scores, None, {"reward/failed": metrics["reward/failed"]} if self._exp.config["reward_fn"] else {}
+        return scores, raw if self._kept else None, metrics if self._parts else {"reward/failed": metrics["reward/failed"]}
 
     def shapes(self, rolled: Rollout) -> Rollout:
         """A rollout's shapes with those of its scores.
@@ -150,8 +152,26 @@ class Rewards:
         """
         chex.assert_rank(rolled.truncated, 1)
         rows = rolled.truncated.shape
-        components = jax.ShapeDtypeStruct((*rows, len(self._columns)), jnp.float32) if self._parts else None
+        components = jax.ShapeDtypeStruct((*rows, len(self._columns)), jnp.float32) if self._kept else None
         return rolled.replace(scores=jax.ShapeDtypeStruct(rows, jnp.float32), components=components)
+
+    def network_failures(self, rolled: Rollout, prompts: Any) -> Rows:
+        """The samples of a scored rollout to which a network gave no finite number, as `Reading.failures`; waits for it.
+
+        Args:
+          rolled: [B, T], from `score` or `measure`.
+          prompts: the set that the rollout's prompt ids belong to.
+        """
+        assert rolled.scores is not None
+        chex.assert_equal_shape([rolled.scores, rolled.truncated])
+        given = np.asarray(jax.device_get(rolled.scores if rolled.components is None else rolled.components)).reshape(-1, len(self._columns))
+        asked = [(number, column.share.label) for number, column in enumerate(self._columns) if column.pure is not None]
+        found = []
+        for row, sample in enumerate(completions(self._exp, rolled, prompts)):
+            reasons = {label: f"gave {given[row, number]}" for number, label in asked if not np.isfinite(given[row, number])}
+            if reasons and sample["messages"] is not None:
+                found.append({**sample, "row": row, "failed": reasons})
+        return found
 
     @property
     def labels(self) -> list[str]:
@@ -210,7 +230,13 @@ class Rewards:
         reward = host.RetokenisedReward(encoder, lambda seqs: jitted(exp.frozen, distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
 
         def on_host(rows: Rows, references: list[Any]) -> tuple[np.ndarray, dict[int, str]]:
-            return reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows]), {}
+            scores = reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows])
+            failed = {int(row): f"gave {scores[row]}" for row in np.flatnonzero(~np.isfinite(scores))}
+            if failed and self._failure["policy"] == "raise":
+                first = min(failed)
+                raise UserError(f"{key} = {source.path!r} {failed[first]} for the response {rows[first]['response'][:80]!r}; look at the reward "
+                                "model, or set config.reward_failure.policy to go on")
+            return scores, failed
 
         return Column(share, on_host=on_host, asks_device=True)
 
@@ -267,20 +293,23 @@ def failed_samples(
     """Samples for the log: `rows`, those that failed with the reason, and after them others that failed, LOGGED of them at most.
 
     Args:
-      failures: `Rewards.failures` of the iteration.
+      failures: `Rewards.failures` of the iteration; one that has no `row` is of no row of the rollout.
       rows: the first rows of the rollout.
       scores: of these rows, NaN where there is none; None without a reward.
       components: [B, C], each reward as it was given, not finite where it failed; None: not logged.
       labels: C.
     """
-    reasons = {failure["row"]: failure["failed"] for failure in failures}
+    reasons: dict[int, dict[str, str]] = {}
+    for failure in failures:
+        if "row" in failure:
+            reasons.setdefault(failure["row"], {}).update(failure["failed"])
     found: list[Mapping[str, Any]] = []
     for number, row in enumerate(rows):
         score = {} if scores is None else {"score": _said(scores[number])}
         parts = {} if components is None else {"rewards": {label: _said(value) for label, value in zip(labels, components[number], strict=True)}}
         found.append({**row, **score, **parts, **({"failed": reasons[number]} if number in reasons else {})})
     for failure in failures[:LOGGED]:
-        if failure["row"] >= len(rows):
+        if failure.get("row", len(rows)) >= len(rows):
             found.append({key: value for key, value in failure.items() if key != "row"})
     return found
 

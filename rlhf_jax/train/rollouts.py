@@ -11,9 +11,10 @@ as at ahead = 0). A refilled batch is scored when it is sampled, since only scor
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
 
 import chex
 import jax
@@ -25,6 +26,7 @@ from rlhf_jax.train import refill, replay, schedule
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.multi_turn import Episodes
 from rlhf_jax.train.rewarding import Reading, Rewards, Rows
+from rlhf_jax.train.worker import Worker
 from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
 
 Metrics = dict[str, Mean]
@@ -64,16 +66,16 @@ class Rollouts:
         mix = functools.partial(replay.mixed, replayed=schedule.replayed_rows(exp.config), size=self._group)
         self._mix = sharding.jit(mix, exp.mesh, out_shardings=(self._where, whole, whole), donate=(0,))
         self._iteration: int | None = None  # known to the host once the first one begins
-        self._readings: collections.deque[concurrent.futures.Future[Reading]] = collections.deque()  # of the first pending ones, in their order
+        self._readings: collections.deque[Future[Reading]] = collections.deque()  # of the first pending ones, in their order
         apart = rewards is not None and not rewards.pure and rewards.detached and self._plan.ahead > 0 and not self._plan.refill
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "rewards") if apart else None
+        self._thread = Worker("rewards") if apart else None
         self.failures: Rows = []  # samples that a reward failed on, of what the last `take` scored
         self.fresh: Rollout | None = None  # what the last `take` handed out, without earlier rows
 
     def close(self) -> None:
         """Lets go of the thread; what it has not begun is dropped."""
         if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread.close()
 
     # --- the state ---
 
@@ -227,12 +229,32 @@ class Rollouts:
             return self.draw(state.params, frozen, prompts, state.key, state.batch_index), None
         return self._numbered(state.params, frozen, prompts, state.key, cursor, state.batch_index)
 
-    def _scored(self, state: TrainState, rolled: Rollout, reading: concurrent.futures.Future[Reading] | None) -> tuple[Rollout, Metrics]:
+    def _scored(self, state: TrainState, rolled: Rollout, reading: Future[Reading] | None) -> tuple[Rollout, Metrics]:
         if self._rewards is None:
             return rolled, {}
         found = self._rewards.measure(self.frozen(state), rolled, self._exp.train_data, reading=reading.result() if reading else None)
-        self.failures = self.failures + self._rewards.failures
+        failures = self._rewards.failures
+        if self._plan.refill:  # rows of a round, which lie elsewhere in the batch, or nowhere
+            failures = [{key: value for key, value in failure.items() if key != "row"} for failure in failures]
+        self.failures = self.failures + failures
         return found
+
+    def read(self, rolled: Rollout, data: Any) -> Reading | None:
+        """What the rewards that read text say of a rollout beside those of `take`, after what they are reading: no two calls ever run at once.
+
+        Args:
+          rolled: [B, T].
+          data: the set that its prompt ids belong to.
+
+        Returns:
+          None where they have no thread of their own: `Rewards.measure` reads by itself then.
+        """
+        chex.assert_rank(rolled.seqs.tokens, 2)
+        if self._thread is None:
+            return None
+        assert self._rewards is not None
+        reading: Reading = self._thread.submit(self._rewards.read, rolled, data).result()
+        return reading
 
     def _read_ahead(self, queue: list[Rollout]) -> None:
         """Sends what is not read yet to the thread."""

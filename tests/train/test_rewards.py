@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,9 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.ops import masking
-from rlhf_jax.rewards import rules
+from rlhf_jax.rewards import learned, rules
 from rlhf_jax.saved import load_source
-from rlhf_jax.train import rewarding
+from rlhf_jax.train import rewarding, rollouts, schedule
 from rlhf_jax.train.loop import train
 from rlhf_jax.train.programs import Programs
 from tests.train.runs import metrics, outcome, rows, series, tiny
@@ -123,6 +124,40 @@ def test_the_log_of_failures_is_bounded(tmp_path: pathlib.Path) -> None:
     failures = [{"row": n, "prompt_id": 0, "failed": {"a": "why"}} for n in range(100)]
     found = rewarding.failed_samples(failures, [{"prompt_id": 0}, {"prompt_id": 0}], np.array([np.nan, 1.0]))
     assert len(found) == rewarding.LOGGED and found[0]["score"] is None and json.loads(json.dumps(found))
+
+
+def test_a_failure_of_a_refilled_batch_is_of_no_row_of_it() -> None:
+    """Row 1 of a round is not row 1 of the batch: the sample is logged beside it, as failed, and the batch's own row is not."""
+    rewards = types.SimpleNamespace(measure=lambda *_, **__: ("rolled", {}), failures=[{"row": 1, "prompt_id": 7, "failed": {"a": "why"}}])
+    online = types.SimpleNamespace(_rewards=rewards, _exp=types.SimpleNamespace(train_data=None), _plan=schedule.Schedule(refill=2), failures=[],
+                                   frozen=lambda state: {})
+    for _ in range(2):
+        rollouts.Rollouts._scored(online, None, None, None)  # type: ignore[arg-type]
+    found = rewarding.failed_samples(online.failures, [{"prompt_id": 0}, {"prompt_id": 1}], np.array([0.5, 1.0]))
+    assert found == [{"prompt_id": 0, "score": 0.5}, {"prompt_id": 1, "score": 1.0}] + [{"prompt_id": 7, "failed": {"a": "why"}}] * 2
+
+
+@pytest.mark.parametrize(("policy", "fused"), [("raise", True), ("default", False)])
+def test_a_network_that_gives_nan_meets_the_policy(
+    policy: str, fused: bool, finished: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by a metric an iteration late: counted, its samples logged though none were asked for; before another checkpoint is written."""
+    changes = {"reward_fn": "", "reward_from": str(finished("reward")), "reward_failure.policy": policy, "reward_failure.default": -2.0,
+               "fused": fused, "log.samples": 0, "run.steps": 3, "checkpoint.every": 3}
+    given = learned.score
+    monkeypatch.setattr(learned, "score", lambda nets, rollout: jnp.where(jnp.arange(8) % 4 == 1, jnp.nan, given(nets, rollout)))
+    if policy == "raise":
+        with pytest.raises(UserError, match=r"config.reward_failure.policy = 'raise': a reward network gave 0.25 of the samples no finite number"):
+            run("grpo", tmp_path / "run", changes)
+        assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    else:
+        run("grpo", tmp_path / "run", changes)
+        assert series(tmp_path / "run", "rollout/unscored") == [0.0] * 3 and series(tmp_path / "run", "optimizer/skipped") == [0.0] * 3
+    done = 1 if policy == "raise" else 3
+    assert series(tmp_path / "run", "reward/failed")[:done] == [0.25] * done
+    sampled = rows(tmp_path / "run" / "samples.jsonl")
+    assert [row["step"] for row in sampled] == [step for step in range(1, done + 1) for _ in range(2)]
+    assert all(row["failed"] == {"score": "gave nan"} and row["messages"] for row in sampled)
 
 
 def test_a_run_with_failures_resumes_bit_exact(tmp_path: pathlib.Path) -> None:

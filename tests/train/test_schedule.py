@@ -96,23 +96,28 @@ def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: p
 SLEEPER = '''
 import random, threading, time
 from rlhf_jax.rewards import rules
-threads = set()
+threads, busy, met = set(), threading.Lock(), []
 def score(prompts, responses, references):
     threads.add(threading.current_thread().name)
+    if not busy.acquire(blocking=False):
+        met.append(len(responses))
+        busy.acquire()
     time.sleep(random.SystemRandom().choice([0.0, 0.05, 0.3]))
+    busy.release()
     return rules.brevity(prompts, responses, references)
 '''
 
 
 def test_time_decides_nothing(tmp_path: pathlib.Path, importable: pathlib.Path) -> None:
-    """Rewards that take as long as they like, in a thread of their own; also where a failure is logged, with the iteration that it belongs to."""
+    """Rewards that take as long as they like, in a thread of their own, a validation's too: no two calls at once."""
     (importable / "sleeper.py").write_text(SLEEPER)
-    changes = {**FAST, **WEIGHED, "run.steps": 5, "schedule.ahead": 2}
+    changes = {**FAST, **WEIGHED, "run.steps": 5, "schedule.ahead": 2, "validation.every": 2}
     for name, function in (("plain", "rules.brevity"), ("sleepy", "sleeper.score")):
         train(tiny("grpo", {**changes, "reward_fn": function}), str(tmp_path / name))
     plain, sleepy = (outcome(tmp_path / name) for name in ("plain", "sleepy"))
     assert plain == sleepy
-    assert all(name.startswith("rewards") for name in importlib.import_module("sleeper").threads)
+    sleeper = importlib.import_module("sleeper")
+    assert all(name.startswith("rewards") for name in sleeper.threads) and not sleeper.met
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rewards") and _lives(thread)]
 
 
