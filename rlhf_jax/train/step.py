@@ -21,6 +21,7 @@ import optax
 from rlhf_jax.models import Networks, NetworkSpec
 from rlhf_jax.models.passes import Passes
 from rlhf_jax.ops import rows
+from rlhf_jax.ops.masking import loss_tokens
 from rlhf_jax.types import Array, Mean, Purpose, PyTree, Rollout, Sequences, TrainState, settled
 
 Metrics = dict[str, Mean]
@@ -41,8 +42,24 @@ def fill_reference(nets: Networks, batch: PyTree) -> PyTree:
 
     if isinstance(batch, Sequences):
         return fill(batch)
+    return batch.replace(**{name: fill(seqs) for name, seqs in _sequences(batch).items()})
+
+
+def _sequences(batch: PyTree) -> dict[str, Sequences]:
+    """The fields of a batch that are sequences."""
     found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return batch.replace(**{name: fill(value) for name, value in found.items() if isinstance(value, Sequences)})
+    return {name: value for name, value in found.items() if isinstance(value, Sequences)}
+
+
+def _amounts(batch: PyTree) -> Metrics:
+    """How many tokens of a batch are real, and under its loss mask, and the share of its slots that are padding."""
+    parts = [batch] if isinstance(batch, Sequences) else list(_sequences(batch).values())
+    if not parts:
+        return {}
+    real, trained = (sum(mask.sum().astype(jnp.float32) for mask in masks)
+                     for masks in ([part.segment_ids != 0 for part in parts], [loss_tokens(part) for part in parts]))
+    slots, one = jnp.float32(sum(part.tokens.size for part in parts)), jnp.float32(1.0)
+    return {"data/tokens": Mean(real, one), "data/loss_tokens": Mean(trained, one), "data/padding": Mean(slots - real, slots)}
 
 
 def _sum(tree: PyTree, axis: int | tuple[int, ...]) -> PyTree:
@@ -209,6 +226,7 @@ def make_step(
         # A batch that is one update, in one piece, is passed through its networks once.
         shared = Passes(state.params) if epochs * minibatches * microbatches == 1 else None
         age = {"rollout/staleness": Mean.of(state.batch_index - batch.version, batch.real)} if isinstance(batch, Rollout) else {}
+        amounts = _amounts(batch)
         batch, carry, prepared = prepare(state, frozen, batch, shared)
         run = functools.partial(update, passes=shared) if epochs * minibatches == 1 else passes
         applied_before, old_carry = state.step - state.opt_state.total_notfinite, state.carry
@@ -219,6 +237,6 @@ def make_step(
         state = state.replace(carry=jax.tree.map(lambda new, old: jnp.where(finite, new, old), carry, old_carry))
         # In a row, at the end of this batch: what stops a run (config.run.max_nonfinite).
         metrics["optimizer/nonfinite_run"] = Mean(state.opt_state.notfinite_count.astype(jnp.float32), jnp.float32(1.0))
-        return state.replace(batch_index=state.batch_index + 1), {**age, **prepared, **settled(metrics)}
+        return state.replace(batch_index=state.batch_index + 1), {**age, **amounts, **prepared, **settled(metrics)}
 
     return step

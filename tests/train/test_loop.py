@@ -26,7 +26,7 @@ from rlhf_jax.train.config import check
 from rlhf_jax.train.loop import Result, train
 from rlhf_jax.train.metric_names import is_standard
 from rlhf_jax.train.programs import Programs
-from tests.train.runs import metrics, outcome, series, steps, tiny, write_rows
+from tests.train.runs import metrics, outcome, rows, series, steps, tiny, write_rows
 
 QUICK = {"validation.every": 0, "run.steps": 2}
 NAMES = ["sft", "lm", "reward", "dpo", "ppo", "grpo"]
@@ -126,7 +126,8 @@ def test_metric_names_are_standard(name: str, finished: Any) -> None:
     lines = metrics(finished(name))
     names = {key for line in lines for key in line} - {"step"}
     assert [key for key in names if not is_standard(key)] == []
-    assert {"optimizer/lr", "optimizer/grad_norm", "optimizer/skipped", "optimizer/nonfinite_run"} <= names
+    assert {"optimizer/lr", "optimizer/grad_norm", "optimizer/skipped", "optimizer/nonfinite_run", "data/tokens"} <= names
+    assert all(line["tokens_per_second"] > 0 for line in rows(finished(name) / "timing.jsonl"))
     assert any(key.startswith("loss/") for key in names) and any(key.startswith("eval/") for key in names)
     assert all(math.isfinite(float(value)) for line in lines for value in line.values())
 

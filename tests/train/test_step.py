@@ -20,7 +20,7 @@ from rlhf_jax.train import optimizer
 from rlhf_jax.train.assemble import full_params
 from rlhf_jax.train.start import split, trains
 from rlhf_jax.train.step import fill_reference, gradients, make_step
-from rlhf_jax.types import Array, Comparisons, Mean, TrainState
+from rlhf_jax.types import Array, Comparisons, Mean, Sequences, TrainState
 from tests.models import tiny
 from tests.objectives.settings import bound
 from tests.train import trainable
@@ -218,6 +218,19 @@ def test_a_batch_without_weight_is_no_update(options):
     assert log["optimizer/lr"] == pytest.approx(float(rate(updates)))
     assert (last["optimizer/empty"], last["optimizer/skipped"], last["optimizer/nonfinite_run"]) == (1, 0, updates), "it neither fails nor succeeds"
     assert int(after.opt_state.total_notfinite) == updates
+
+
+def test_tokens_and_padding_of_a_batch_are_counted():
+    """Three real tokens of eight slots, the first of a segment no one's to train on, whatever the mask says."""
+    segments = jnp.array([[1, 1, 1, 0], [0, 0, 0, 0]])
+    ones = jnp.ones((2, 4), jnp.int32)
+    seqs = Sequences(tokens=ones, positions=ones, segment_ids=segments, loss_mask=ones > 0)
+    first = types.SimpleNamespace(prepare=lambda nets, b, carry, key: (b, carry, {}),
+                                  loss=lambda nets, b, keys: ({"one": Mean.of(nets.params["w"] * b.tokens, b.loss_mask)}, {}))
+    step, tx, _ = built(first, NetworkSpec(), microbatches=2)
+    metrics = step(first_state({"w": jnp.float32(1)}, tx), {}, seqs)[1]
+    found = {name: float(metrics[name].compute()) for name in ("data/tokens", "data/loss_tokens", "data/padding")}
+    assert found == {"data/tokens": 3, "data/loss_tokens": 2, "data/padding": 5 / 8}
 
 
 def test_one_empty_minibatch_of_two_is_left_out_alone():
