@@ -36,3 +36,11 @@ def test_mistakes_are_one_sentence(tmp_path: pathlib.Path) -> None:
         done = experiment(tmp_path / "x", flag)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_results_of_another_scale_are_not_taken(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "guess_1").mkdir()
+    (tmp_path / "guess_1" / "result.json").write_text('{"scale": 0.1}')
+    done = experiment(tmp_path, "--tasks=guess", "--seeds=0,1")
+    assert done.returncode == 2 and "--scale = 1: " in done.stderr and "--scale=0.1; choose another --workdir" in done.stderr
+    assert not (tmp_path / "guess_0").exists(), "found before the first seed was trained"

@@ -5,6 +5,8 @@
 
 DIR holds sft.py, dpo.py, gen.py, grpo.py, ppo.py: those that are there are run.
 
+A phase that a peer's script cannot run as asked (its settings are fixed, as the beta of Tunix's GRPO) is timed on our side alone.
+
 Ours and the peer's alternate. Absolute seconds of a shared machine mean little; the ratio is the result. `--same_allocator` gives the peer our
 malloc setting; without it each runs as it ships.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -49,6 +52,12 @@ def run(command: list[str], environment: dict[str, str]) -> dict[str, Any] | Non
     return None
 
 
+def honours(script_text: str, arguments: list[str]) -> bool:
+    """Whether a peer's script does what its arguments ask: it reads each as `flag("name", …)`, or has that value written in."""
+    asked = [argument.removeprefix("--").split("=") for argument in arguments]
+    return all(f'flag("{name}"' in script_text or re.search(rf"\b{name}={re.escape(value)}\b", script_text) for name, value in asked)
+
+
 def seconds(result: dict[str, Any] | None) -> float | None:
     """The median step of a result line, whichever of the peers' names it has."""
     if result is None:
@@ -69,9 +78,13 @@ def main(_: list[str]) -> None:
         theirs: list[dict[str, Any] | None] = []
         script_name, *arguments = SCRIPTS[phase]
         scripted = pathlib.Path(options.peer_scripts) / script_name
+        beside = bool(options.peer_python) and scripted.exists()
+        if beside and not honours(scripted.read_text(), arguments):
+            beside = False
+            print(f"  {scripted} does not take {' '.join(arguments)}: {phase} would compare unlike work", file=sys.stderr)
         for _repeat in range(options.repeats):
             ours.append(run([sys.executable, str(HERE / "w1.py"), f"--phase={phase}", f"--steps={options.steps}"], dict(os.environ)))
-            if options.peer_python and scripted.exists():
+            if beside:
                 theirs.append(run([options.peer_python, str(scripted), f"--steps={options.steps}", *arguments], peer_environment))
         mine, peer = ([s for s in map(seconds, side) if s is not None] for side in (ours, theirs))
         row = {"phase": phase, "ours_s": statistics.median(mine) if mine else None, "peer_s": statistics.median(peer) if peer else None}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,14 @@ class Task:
     """One task's files, stages and evaluations in one folder."""
 
     def __init__(self, name: str, folder: pathlib.Path, seed: int, scale: float) -> None:
-        if name not in GOLD:
-            raise UserError(f"--tasks has {name!r}, which is no embedded task{nearest(name, GOLD)}")
         self.name, self.folder, self.seed, self.scale = name, folder, seed, scale
+        scaled = folder / "scale.json"
+        if scaled.exists() and (before := json.loads(scaled.read_text())) != scale:
+            raise UserError(f"--scale = {scale:g}: {folder} is of --scale={before:g}; choose another --workdir")
         self.gold = GOLD[name]
         sizes = {split: max(int(size * scale), 16) for split, size in embedded.SIZES[name].items()}
         self.files = embedded.write_task(name, folder / "data", sizes=sizes, seed=seed)
+        write_whole(scaled, json.dumps(scale) + "\n")
         self.results: dict[str, Any] = {}
         self.configs: dict[str, Any] = {}
         self.evaluations: dict[str, compare.Evaluation] = {}
@@ -203,6 +205,29 @@ def _rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
+def check_names(flag: str, given: Sequence[str], known: Iterable[str]) -> None:
+    """Refuses a name that a list flag does not know, before anything is trained.
+
+    Raises:
+      UserError: with the nearest known one.
+    """
+    for name in given:
+        if name not in known:
+            raise UserError(f"--{flag} has {name!r}, which it does not know{nearest(name, known)}")
+
+
+def tasks_by_seed(workdir: str, names: Sequence[str], seeds: Sequence[str], scale: float) -> list[Task]:
+    """The tasks of an experiment over seeds, each in a folder of its own.
+
+    Raises:
+      UserError: a seed or a task that is none, or a folder of another scale.
+    """
+    check_names("tasks", names, GOLD)
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"--seeds = {','.join(seeds)}: must be whole numbers, e.g. 0,1,2")
+    return [Task(name, pathlib.Path(workdir) / f"seed{int(seed)}" / name, int(seed), scale) for seed in seeds for name in names]
+
+
 def begin(task: Task) -> tuple[dict[str, Any], dict[str, Any]]:
     """The SFT policy and the reward model; what stages on pairs and stages on prompts change in their configs to go on from there."""
     sft = task.path("sft")
@@ -238,6 +263,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     options = flags.FLAGS
     workdir, start = pathlib.Path(options.workdir), time.time()
+    check_names("tasks", options.tasks, GOLD)
+    check_names("stages", options.stages, [stage for stage in CONFIG if stage not in ("sft", "rm")])
     results: dict[str, Any] = {"tasks": {}, "versions": versions(), "configs": {}}
     runs = {}
     for name in options.tasks:

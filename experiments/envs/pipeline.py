@@ -67,11 +67,26 @@ def measured(task: str, stage: str, folder: pathlib.Path, files: dict[str, str],
     return {name: float(found[name].compute()) for name in METRICS}
 
 
+def kept(folder: pathlib.Path, scale: float) -> dict[str, Any] | None:
+    """What `one` found before in this folder, if it did.
+
+    Raises:
+      UserError: it was done on another scale.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if (before := found.get("scale", 1.0)) != scale:  # whole runs did not always say so
+        raise UserError(f"--scale = {scale:g}: {path} is of --scale={before:g}; choose another --workdir")
+    return found
+
+
 def one(task: str, folder: pathlib.Path, seed: int, scale: float) -> dict[str, Any]:
     """Both stages of a task under a seed, and what they are worth."""
-    if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
-    files, found = envs.write_task(task, folder / "data", seed=seed), {}
+    if (before := kept(folder, scale)) is not None:
+        return before
+    files, found = envs.write_task(task, folder / "data", seed=seed), {"scale": scale}
     for stage in ("sft", "grpo"):
         print(f"— {task}, seed {seed}: {stage}", flush=True)
         begin = time.time()
@@ -120,6 +135,8 @@ def main(argv: list[str]) -> None:
     if not all(seed.isdecimal() for seed in options.seeds):
         raise UserError(f"--seeds = {options.seeds}: must be whole numbers, e.g. 0,1,2")
     folder = pathlib.Path(options.workdir)
+    for task, seed in itertools.product(options.tasks, options.seeds):
+        kept(folder / f"{task}_{seed}", options.scale)  # before hours of training
     results = {
         task: [one(task, folder / f"{task}_{seed}", int(seed), options.scale) for seed in options.seeds] for task in options.tasks
     }

@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parent / "demo"))
 import pipeline as demo  # noqa: E402  experiments/demo/pipeline.py, whose flags --workdir, --tasks and --scale are used here
 
 from rlhf_jax.cli.main import script  # noqa: E402
+from rlhf_jax.errors import UserError  # noqa: E402
 from rlhf_jax.eval import compare  # noqa: E402
 from rlhf_jax.files import write_whole  # noqa: E402
 from rlhf_jax.report import curves  # noqa: E402
@@ -30,6 +31,8 @@ from rlhf_jax.report.table import spread  # noqa: E402
 ROUNDS = 3
 WAYS = {"new": "new samples each round", "same": "the first round's pairs again"}
 
+for unused in ("seed", "stages"):  # of the demo
+    delattr(flags.FLAGS, unused)
 flags.DEFINE_list("seeds", ["0", "1", "2"], "of data, training and evaluation")
 flags.DEFINE_string("results", "", "folder of the numbers and pictures; default the workdir")
 
@@ -81,17 +84,17 @@ def table(name: str, ways: dict[str, list[list[dict[str, float]]]]) -> str:
     return "\n".join(lines)
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs everything and draws it."""
     options = flags.FLAGS
+    if argv[1:]:
+        raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     found: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
-    for seed in map(int, options.seeds):
-        for name in options.tasks:
-            task = demo.Task(name, pathlib.Path(options.workdir) / f"seed{seed}" / name, seed, options.scale)
-            train_file, valid_file = task.split_demonstrations()
-            task.train("sft", data__train=train_file, data__valid=valid_file)
-            for way in WAYS:
-                found.setdefault(name, {}).setdefault(way, []).append(run(task, way))
+    for task in demo.tasks_by_seed(options.workdir, options.tasks, options.seeds, options.scale):
+        train_file, valid_file = task.split_demonstrations()
+        task.train("sft", data__train=train_file, data__valid=valid_file)
+        for way in WAYS:
+            found.setdefault(task.name, {}).setdefault(way, []).append(run(task, way))
     results = pathlib.Path(options.results or options.workdir)
     for name, ways in found.items():
         print("\n" + table(name, ways))

@@ -23,6 +23,7 @@ import pipeline as demo  # noqa: E402  experiments/demo/pipeline.py, whose flags
 
 from rlhf_jax.checkpoint import CHECKPOINTS  # noqa: E402
 from rlhf_jax.cli.main import script  # noqa: E402
+from rlhf_jax.errors import UserError  # noqa: E402
 from rlhf_jax.eval import compare  # noqa: E402
 from rlhf_jax.files import write_whole  # noqa: E402
 from rlhf_jax.report import curves  # noqa: E402
@@ -37,6 +38,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # what each changes in its :demo conf
 }
 NAMES = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dr_grpo": "Dr. GRPO"}
 
+for unused in ("seed", "stages"):  # of the demo
+    delattr(flags.FLAGS, unused)
 flags.DEFINE_list("seeds", ["0", "1", "2"], "of data, training and evaluation")
 flags.DEFINE_string("results", "", "folder of the numbers and pictures; default the workdir")
 flags.DEFINE_list("algorithms", list(ALGORITHMS), "what to compare")
@@ -62,8 +65,9 @@ def measure(task: demo.Task, algorithm: str, on_prompts: dict[str, Any]) -> list
 
 
 def table(name: str, measured: dict[str, list[list[dict[str, float]]]]) -> str:
-    """A Markdown table of one task: mean ± standard deviation over the seeds."""
-    lines = [f"**{name}**", "", "| | gold at the end | best gold of a run | KL at the end, nats | gold at KL ≤ 1 nat |", "|---|---|---|---|---|"]
+    """A Markdown table of one task: mean ± standard deviation over the seeds. What has a star is a maximum over a run's checkpoints, which the test
+    split itself chose."""
+    lines = [f"**{name}**", "", "| | gold at the end | highest gold* | KL at the end, nats | highest gold at KL ≤ 1 nat* |", "|---|---|---|---|---|"]
 
     for algorithm, runs in measured.items():
         ends = [run[-1] for run in runs]
@@ -74,16 +78,17 @@ def table(name: str, measured: dict[str, list[list[dict[str, float]]]]) -> str:
     return "\n".join(lines)
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs everything and draws it."""
     options = flags.FLAGS
+    if argv[1:]:
+        raise UserError(f"{argv[1]!r} is no flag: flags start with --")
     found: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
-    for seed in map(int, options.seeds):
-        for name in options.tasks:
-            task = demo.Task(name, pathlib.Path(options.workdir) / f"seed{seed}" / name, seed, options.scale)
-            _, on_prompts = demo.begin(task)
-            for algorithm in options.algorithms:
-                found.setdefault(name, {}).setdefault(algorithm, []).append(measure(task, algorithm, on_prompts))
+    demo.check_names("algorithms", options.algorithms, ALGORITHMS)
+    for task in demo.tasks_by_seed(options.workdir, options.tasks, options.seeds, options.scale):
+        _, on_prompts = demo.begin(task)
+        for algorithm in options.algorithms:
+            found.setdefault(task.name, {}).setdefault(algorithm, []).append(measure(task, algorithm, on_prompts))
     results = pathlib.Path(options.results or options.workdir)
     for name, measured in found.items():
         print("\n" + table(name, measured))
