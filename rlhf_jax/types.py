@@ -225,6 +225,15 @@ def _thresholds() -> Array:
     return jnp.asarray(np.concatenate([[0.0], inner, [np.inf]]), jnp.float32)
 
 
+def merged(first: dict[str, Mean], second: dict[str, Mean]) -> dict[str, Mean]:
+    """The metrics of two parts of something, those that both have as one.
+
+    Args:
+      first, second: by name.
+    """
+    return {**first, **{name: first[name].merge(mean) if name in first else mean for name, mean in second.items()}}
+
+
 def settled(metrics: dict[str, Mean]) -> dict[str, Mean]:
     """The metrics with every quantile read off, for those who know Means alone.
 

@@ -9,7 +9,7 @@ Imports point downward only. Rooms of one level do not import each other; module
     | level | rooms                                                                                                             |
     |-------|-------------------------------------------------------------------------------------------------------------------|
     | 0     | errors files                  leaves: they import nothing of ours                                                 |
-    | 1     | types                                                                                                             |
+    | 1     | types runlog                  runlog: the lines of metrics.jsonl                                                  |
     | 2     | ops                                                                                                               |
     | 3     | manifest                      the digests of a saved tree; below its one user, checkpoint                         |
     | 4     | objectives models data sharding distributed checkpoint endpoint                                                   |
@@ -31,7 +31,7 @@ from tests.house import PACKAGE, PROTOCOL, Function, Module, house, imports, rec
 
 LEVELS = (
     ("errors", "files"),
-    ("types",),
+    ("types", "runlog"),
     ("ops",),
     ("manifest",),
     ("objectives", "models", "data", "sharding", "distributed", "checkpoint", "endpoint"),

@@ -41,7 +41,7 @@ def test_mistakes_are_one_sentence(name: str, own: list[str], tmp_path: pathlib.
 
 def test_a_script_with_fixed_settings_is_no_peer_of_another_setting() -> None:
     """TRL's reads its flags; Tunix's has one beta written in, which is a prefix of another number."""
-    code = "import bench, sys; print([bench.honours(text, [f'--beta={beta}']) for text in sys.argv[1:] for beta in (0.04, 0.0)], bench.honours('', []))"
+    code = "import bench, sys; print([bench.honours(text, [f'--beta={b}']) for text in sys.argv[1:] for b in (0.04, 0.0)], bench.honours('', []))"
     scripts = ['GRPOConfig(beta=flag("beta", 0.0))', "GRPOConfig(beta=0.04, epsilon=0.2)"]
     done = subprocess.run([sys.executable, "-c", code, *scripts], capture_output=True, text=True, check=False, cwd=EXPERIMENTS / "benchmarks")
     assert done.stdout.strip() == "[True, True, True, False] True", done.stderr[-500:]

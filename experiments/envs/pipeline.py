@@ -24,7 +24,7 @@ from rlhf_jax.cli.configs import load_config
 from rlhf_jax.envs.tasks import SIZES
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.files import write_whole
-from rlhf_jax.report.curves import read_metrics
+from rlhf_jax.report.curves import read_series
 from rlhf_jax.report.table import spread
 from rlhf_jax.train.assemble import assemble
 from rlhf_jax.train.config import check
@@ -92,7 +92,7 @@ def one(task: str, folder: pathlib.Path, seed: int, scale: float) -> dict[str, A
         begin = time.time()
         train(config_of(task, stage, folder, files, seed, scale), str(folder / stage))
         found[stage] = {"seconds": time.time() - begin, **measured(task, stage, folder, files, seed)}
-    steps, scores = read_metrics(folder / "grpo" / "metrics.jsonl")["objective/score"]
+    steps, scores = read_series(folder / "grpo" / "metrics.jsonl")["objective/score"]
     found["curve"] = {"steps": [int(step) for step in steps], "scores": [float(score) for score in scores]}
     write_whole(folder / "result.json", json.dumps(found) + "\n")
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import json
 import os
 import pathlib
 import re
@@ -23,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
 from rlhf_jax.report.results import POLICY_STAGES, STAGES, TITLES
+from rlhf_jax.runlog import records
 
 COLOURS = {"sft": "#8792A5", "rm": "#8E63CE", "dpo": "#2F6FDE", "ppo": "#E07B39", "grpo": "#16936F", "grpo_gold": "#B8921C"}
 _SERIES = ("#E07B39", "#16936F", "#2F6FDE", "#8E63CE", "#B8921C", "#C2456B")  # of what is no stage
@@ -207,7 +206,7 @@ def training_curves(runs: Mapping[str, str | os.PathLike]) -> str | None:
     """
     rows = []
     for stage in (stage for stage in STAGES if stage in runs):
-        series = read_metrics(pathlib.Path(runs[stage]) / "metrics.jsonl")
+        series = read_series(pathlib.Path(runs[stage]) / "metrics.jsonl")
         chosen = story(stage, series)
         if chosen:
             rows.append((stage, series, chosen))
@@ -229,31 +228,20 @@ def training_curves(runs: Mapping[str, str | os.PathLike]) -> str | None:
         return _svg(figure)
 
 
-def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """metric -> (steps, values) of a metrics.jsonl whose lines are {"step": …, name: number, …}.
+def read_series(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """metric -> (steps, values) of a metrics.jsonl; what is no finite number there is no point.
 
     Args:
-      path: the file; a missing one has no metrics. A last line cut short by a kill is ignored.
+      path: the file; a missing one has no metrics.
 
     Raises:
-      UserError: a line before the last is not a JSON object with a step.
+      UserError: a line of it is not a log's.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
     points: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = float(record["step"])
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: not a JSON object with a step; cut the file back to its last good line") from None
+    for _, record in records(path):
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                points.setdefault(name, []).append((step, float(value)))
+                points.setdefault(name, []).append((record["step"], float(value)))
     return {name: (np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])) for name, pairs in points.items()}
 
 

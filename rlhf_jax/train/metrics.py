@@ -28,6 +28,7 @@ from etils import epath
 from rlhf_jax.distributed import is_lead
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import Growing
+from rlhf_jax.runlog import records
 from rlhf_jax.types import Array, Mean
 
 METRICS_FILE = "metrics.jsonl"
@@ -160,7 +161,7 @@ def cut_back(workdir: epath.PathLike, step: int) -> None:
         if not path.exists():
             continue
         before = path.read_bytes()
-        kept = b"".join(line for line, record in _records(path, before) if record["step"] <= step)
+        kept = b"".join(line for line, record in records(path) if record["step"] <= step)
         if kept != before:
             fresh = path.with_name(f"{name}.tmp")
             fresh.write_bytes(kept)
@@ -173,24 +174,8 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: a line is not one of ours.
     """
-    path = epath.Path(workdir) / METRICS_FILE
-    records = [record for _, record in _records(path, path.read_bytes())] if path.exists() else []
-    return [{name: float(value) if isinstance(value, str) else value for name, value in record.items()} for record in records]
-
-
-def _records(path: epath.Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line, parsed line) of every complete line."""
-    records = []
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break  # torn: the process was killed while writing
-        try:
-            record = json.loads(line)
-            record["step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number} is not a line of the log ({line[:60]!r}): remove it") from error
-        records.append((line, record))
-    return records
+    lines = records(epath.Path(workdir) / METRICS_FILE)
+    return [{name: float(value) if isinstance(value, str) else value for name, value in record.items()} for _, record in lines]
 
 
 def _fetch(metrics: Mapping[str, Any]) -> dict[str, np.generic]:

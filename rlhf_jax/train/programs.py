@@ -30,7 +30,7 @@ from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.rewarding import Rewards
 from rlhf_jax.train.rollouts import Online, Rollouts
 from rlhf_jax.train.step import fill_reference, make_step
-from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState, settled
+from rlhf_jax.types import Array, Comparisons, Labelled, Mean, Prompts, Purpose, PyTree, Rollout, TrainState, merged, settled
 
 ONLINE_VALIDATION = ("objective/score", "rollout/length", "rollout/truncated")  # measured on fresh samples
 
@@ -117,6 +117,7 @@ class Programs:
 
     def network_failures(self, rolled: Rollout) -> list[dict[str, Any]]:
         """The samples of a rollout from `advance` that a reward network failed on; waits for it."""
+        chex.assert_rank(rolled.truncated, 1)
         return self._rewards.network_failures(rolled, self.exp.train_data) if self._rewards is not None else []
 
     @property
@@ -215,7 +216,7 @@ class Programs:
             found = self._validate_online(state, placed) if self.exp.scored else self._validate(
                 state.params, state.opt_state, state.carry, self._frozen(state), state.key, placed
             )
-            total = {name: total[name].merge(mean) if name in total else mean for name, mean in found.items()}
+            total = merged(total, found)
         return {f"eval/{name}": mean for name, mean in total.items()}
 
     def _validate_online(self, state: TrainState, prompts: Prompts) -> dict[str, Mean]:

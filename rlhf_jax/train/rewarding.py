@@ -162,8 +162,8 @@ class Rewards:
           rolled: [B, T], from `score` or `measure`.
           prompts: the set that the rollout's prompt ids belong to.
         """
+        chex.assert_rank(rolled.truncated, 1)
         assert rolled.scores is not None
-        chex.assert_equal_shape([rolled.scores, rolled.truncated])
         given = np.asarray(jax.device_get(rolled.scores if rolled.components is None else rolled.components)).reshape(-1, len(self._columns))
         asked = [(number, column.share.label) for number, column in enumerate(self._columns) if column.pure is not None]
         found = []

@@ -27,7 +27,7 @@ from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.multi_turn import Episodes
 from rlhf_jax.train.rewarding import Reading, Rewards, Rows
 from rlhf_jax.train.worker import Worker
-from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
+from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState, merged
 
 Metrics = dict[str, Mean]
 _NOTHING: Metrics = {}
@@ -187,17 +187,17 @@ class Rollouts:
         while len(queue) < min(self._plan.ahead + 1, left):
             rolled, cursor, more = self._issue(state, cursor, batches)
             queue.append(rolled)
-            found = _merged(found, more)
+            found = merged(found, more)
         self._read_ahead(queue)
         drawn, *rest = queue
         rolled = drawn
         if not self._plan.refill:
             rolled, more = self._scored(state, drawn, self._readings.popleft() if self._readings else None)
-            found = _merged(found, more)
+            found = merged(found, more)
         self.fresh, memory = rolled, online.memory
         if memory is not None:
             rolled, memory, more = self._mix(memory, rolled, state.key, state.batch_index)
-            found = _merged(found, more)
+            found = merged(found, more)
         rest += [drawn] * (self._plan.ahead - len(rest))
         return rolled, found, None if state.online is None else online.replace(cursor=cursor, pending=tuple(rest), memory=memory)
 
@@ -211,7 +211,7 @@ class Rollouts:
         for _ in range(1 + self._plan.refill):
             rolled, cursor = self._draw(state, cursor, batches)
             rolled, more = self._scored(state, rolled, None)
-            filled, found = refill.Filled(*self._fill(filled, rolled)), _merged(found, more)
+            filled, found = refill.Filled(*self._fill(filled, rolled)), merged(found, more)
             if int(jax.device_get(filled.groups)) * self._group == filled.batch.truncated.shape[0]:
                 break
         assert filled is not None
@@ -270,7 +270,3 @@ def _numbered(
     """A rollout keyed by the number of its batch of prompts, which comes once; its version is the iteration whose weights drew it."""
     rolled = draw(params, frozen, prompts, key, cursor)
     return rolled.replace(version=jnp.full_like(rolled.version, iteration)), cursor + 1
-
-
-def _merged(first: Metrics, second: Metrics) -> Metrics:
-    return {**first, **{name: first[name].merge(mean) if name in first else mean for name, mean in second.items()}}

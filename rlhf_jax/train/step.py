@@ -56,9 +56,9 @@ def _amounts(batch: PyTree) -> Metrics:
     parts = [batch] if isinstance(batch, Sequences) else list(_sequences(batch).values())
     if not parts:
         return {}
-    real, trained = (sum(mask.sum().astype(jnp.float32) for mask in masks)
-                     for masks in ([part.segment_ids != 0 for part in parts], [loss_tokens(part) for part in parts]))
     slots, one = jnp.float32(sum(part.tokens.size for part in parts)), jnp.float32(1.0)
+    counts = [(jnp.sum(part.segment_ids != 0), jnp.sum(loss_tokens(part))) for part in parts]
+    real, trained = jnp.array(counts, jnp.float32).sum(0)
     return {"data/tokens": Mean(real, one), "data/loss_tokens": Mean(trained, one), "data/padding": Mean(slots - real, slots)}
 
 

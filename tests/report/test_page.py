@@ -133,14 +133,14 @@ def test_the_page_is_deterministic(tmp_path):
 
 def test_metrics_are_read_as_logged(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert curves.read_metrics(path) == {}
+    assert curves.read_series(path) == {}
     path.write_text('{"step": 1, "loss/sft": 2.5, "note": "x"}\n{"step": 2, "loss/sft": NaN, "valid/loss": 1}\n{"step": 3, "loss')
-    series = curves.read_metrics(path)
+    series = curves.read_series(path)
     assert series["loss/sft"][0].tolist() == [1, 2] and series["loss/sft"][1][0] == 2.5
     assert [part.tolist() for part in series["valid/loss"]] == [[2], [1]] and set(series) == {"loss/sft", "valid/loss"}
     path.write_text('{"step": 1}\nbroken\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2"):
-        curves.read_metrics(path)
+        curves.read_series(path)
 
 
 def test_a_story_prefers_what_matters_and_repeats_nothing():
