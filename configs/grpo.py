@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.reward_fn = ""  # rules.NAME, or dotted path of a function (prompts, responses, references) -> scores; or
     c.rewards = ()  # several, weighted: dicts, see rlhf_jax/rewards/README.md
     c.reward_normalise = True  # reward_from, by the mean and deviation stored with it
-    c.reward_failure = ConfigDict(dict(  # a function that raises, takes too long or returns no finite number
+    c.reward_failure = ConfigDict(dict(  # a reward that raises, takes too long or gives no finite number
         policy="raise", default=0.0,  # raise | mask (no training on the row) | default (this number instead)
         timeout=0.0,  # seconds a call may take; 0 = as long as it takes
     ))

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.reward_fn = ""  # rules.NAME, or dotted path of a function (prompts, responses, references) -> scores; or
     c.rewards = ()  # several, weighted: dicts, see rlhf_jax/rewards/README.md
     c.reward_normalise = True  # reward_from, by the mean and deviation stored with it
-    c.reward_failure = ConfigDict(dict(  # a function that raises, takes too long or returns no finite number
+    c.reward_failure = ConfigDict(dict(  # a reward that raises, takes too long or gives no finite number
         policy="raise", default=0.0,  # raise | mask (no training on the row) | default (this number instead)
         timeout=0.0,  # seconds a call may take; 0 = as long as it takes
     ))
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.critic = ConfigDict(dict(kind="separate", init_from="policy"))  # none | shared (trunk) | separate; init_from: policy | a run | ""
 
     c.objective = ConfigDict(dict(
-        name="ppo", kl_coef=0.05, kl_target=6.0, kl_horizon=float("inf"),  # a finite horizon (sequences) adapts the coefficient
+        name="ppo", kl_coef=0.05, kl_target=6.0, kl_horizon=float("inf"),  # a finite horizon (sequences, > 0.2 batches) adapts it
         kl_estimator="k1",  # k1 | k2 | k3
         gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, value_coef=0.1, entropy_coef=0.0,
         dual_clip=float("inf"),  # largest ratio that counts where the advantage is negative
