@@ -26,7 +26,9 @@ SCHEMA: dict[str, Any] = {  # for the `tools` of a prompt file's row, which a te
     },
 }
 _TAGGED = re.compile(r"<answer>(.{0,256}?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"-?[0-9]{1,64}(?:\.[0-9]{1,64})?(?:/[0-9]{1,64})?", re.ASCII)
+# Whole runs of digits, however long, so that no number is read from the middle of another one: 2,992, 0.5, 1e-5, 1.5/2.
+_NUMBER = re.compile(r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?(?:/[0-9]+(?:\.[0-9]+)?)?")
+_LARGE = re.compile(r"[eE][-+]?[0-9]{4}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Calculator:
         if not isinstance(value, int | float | str) or isinstance(value, bool):
             raise ValueError(f"the calculator needs rows with an answer, a number, and got {reference!r}")
         try:
-            return State(arithmetic.evaluate(str(value)))
-        except arithmetic.Refused as error:
+            return State(Fraction(repr(value)) if isinstance(value, float) else arithmetic.evaluate(str(value)))
+        except ValueError as error:  # of a NaN too
             raise ValueError(f"the calculator needs rows with an answer, a number, and got {value!r}: {error}") from None
 
     def step(self, state: State, response: str) -> Step:
@@ -100,14 +102,17 @@ class Calculator:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number in the last `<answer>…</answer>`, else the last one of the text; None where there is none.
+    """The number in the last `<answer>…</answer>`, else the last one of the text; None where there is none, or one beyond all sizes.
 
     Args:
       text: any.
     """
     tagged = _TAGGED.findall(text)
     found = _NUMBER.findall(tagged[-1] if tagged else text)
+    if not found or len(found[-1]) > 2 * arithmetic.DIGITS or _LARGE.search(found[-1]):
+        return None
+    number, _, divisor = found[-1].replace(",", "").partition("/")
     try:
-        return Fraction(found[-1]) if found else None
+        return Fraction(number) / Fraction(divisor or 1)
     except ZeroDivisionError:
         return None

@@ -1,7 +1,7 @@
 """A number to be guessed: after every guess the policy is told whether it is higher or lower.
 
 The row may name the range (`low`, `high`) and the number (`secret`); else the parameters say the one and the seed draws the other. A guess is the
-first whole number of a turn; a turn without one is told so. The reward of the right guess is 1 − `turn_cost` · (turns before it), of any other 0.
+first whole number of a turn; a turn without one, or with one of more than LONGEST digits, is told so. The reward of the right guess is 1 − `turn_cost` · (turns before it), of any other 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 from rlhf_jax.data.records import Message
 from rlhf_jax.envs.protocol import Step
 
-_WHOLE = re.compile(r"-?[0-9]{1,18}(?![0-9])", re.ASCII)
+# Whole runs of digits, so that no guess is read from the middle of another number.
+_WHOLE = re.compile(r"(?<![0-9])(?<![0-9]\.)-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?!\.?[0-9])")
+LONGEST = 18  # digits of a guess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +67,12 @@ class Guess:
         """Higher, lower, or the end."""
         after = dataclasses.replace(state, turns=state.turns + 1)
         found = _WHOLE.search(response)
-        counts = {"guesses": int(found is not None), "malformed_guesses": int(found is None)}
-        if found is None:
+        digits = found.group().replace(",", "") if found else ""
+        guessed = 0 < len(digits.lstrip("-")) <= LONGEST
+        counts = {"guesses": int(guessed), "malformed_guesses": int(not guessed)}
+        if not guessed:
             text = f"say a whole number from {state.low} to {state.high}"
-        elif (guess := int(found.group())) == state.secret:
+        elif (guess := int(digits)) == state.secret:
             return Step(state=after, reward=max(1.0 - self.turn_cost * state.turns, 0.0), done=True, counts=counts)
         else:
             text = "higher" if guess < state.secret else "lower"

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import re
 import sys
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -64,13 +65,22 @@ def test_several_calls_and_what_is_wrong_with_them() -> None:
 @pytest.mark.parametrize(
     ("text", "number"),
     [("12 or 13", 13), ("<answer>5</answer> 7", 5), ("<answer>5</answer><answer> is 6.</answer>", 6), ("1/4", 0.25), ("-0.5", -0.5), ("1/0", None),
-     ("none", None), ("<answer>none</answer> 3", None), ("9" * 5000, int("9" * (5000 % 64 or 64)))],
+     ("none", None), ("<answer>none</answer> 3", None), ("9" * 5000, None), ("9" * 64 + "7", 10**65 - 3), ("1.5/2", 0.75),
+     ("3/1.5", 2), ("1.5/0.0", None), ("2,992", 2992), ("-1,234,567.5", -1234567.5), ("1,2,3", 3), ("12345,678", 678), ("1e-05", Fraction(1, 10**5)),
+     ("2.5E3", 2500), ("1e9999", None), (".5", 0.5), ("It is 18.", 18)],
 )
 def test_final_number(text: str, number: Any) -> None:
     assert final_number(text) == number
 
 
-@pytest.mark.parametrize("reference", [None, {}, {"answer": None}, {"answer": True}, {"answer": "many"}, {"answer": [1]}])
+@pytest.mark.parametrize("answer", [1e-05, 0.1, -2.5e20, 1e300])
+def test_an_answer_may_be_any_float(answer: float) -> None:
+    env = Calculator()
+    assert env.step(env.reset(ASKED, {"answer": answer}, 0), f"It is {answer}.").reward == 1.0
+
+
+@pytest.mark.parametrize("reference", [None, {}, {"answer": None}, {"answer": True}, {"answer": "many"}, {"answer": [1]}, {"answer": float("nan")},
+                                       {"answer": float("inf")}])
 def test_a_row_without_an_answer(reference: Any) -> None:
     with pytest.raises(ValueError, match="answer"):
         Calculator().reset(ASKED, reference, 0)
@@ -104,6 +114,13 @@ def test_a_game() -> None:
     assert Guess(turn_cost=1.0).step(state, "5").reward == 0.0
 
 
+@pytest.mark.parametrize(("text", "guess"), [("7" + "0" * 29 + "7", None), ("0" * 29 + "7", None), ("5,007", 5007), ("1.5, or 7", 7), ("1, 7", 1),
+                                              ("it is 7.", 7), ("...7", 7), ("-7", -7), ("30" * 9, int("30" * 9))])
+def test_a_guess_is_a_whole_number_and_no_part_of_one(text: str, guess: int | None) -> None:
+    step = Guess(low=-10, high=10**18).step(Guess(low=-10, high=10**18).reset(ASKED, {"secret": 7 if guess is None else guess}, 0), text)
+    assert step.done == (guess is not None) and step.counts["malformed_guesses"] == (guess is None)
+
+
 def test_the_seed_draws_the_number() -> None:
     env = Guess(low=1, high=100)
     secrets = [env.reset(ASKED, None, seed).secret for seed in range(400)]
@@ -121,7 +138,7 @@ def test_a_row_that_is_no_game(reference: dict[str, Any]) -> None:
 # --- both ---
 
 ALL: list[tuple[Any, dict[str, Any]]] = [(Calculator(), {"answer": 3}), (Calculator(role="user"), {"answer": 3}), (Guess(), {})]
-PIECES = ["<tool_call>", "</tool_call>", '{"name":"calculator",', '"arguments":', '{"expression":"1/0"}', "}", "7"]
+PIECES = ["<tool_call>", "</tool_call>", '{"name":"calculator",', '"arguments":', '{"expression":"1/0"}', "}", "7", ".5", "/2", "1e-5"]
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
