@@ -191,6 +191,9 @@ def _checked(step: Any) -> Step:
         raise ValueError(f"its reward is {step.reward!r}, which is no finite number")
     if not step.done and not step.replies:
         raise ValueError("it neither replies nor is done")
+    counts = step.counts
+    if not isinstance(counts, Mapping) or not all(isinstance(name, str) and isinstance(count, int | np.integer) for name, count in counts.items()):
+        raise TypeError(f"its counts are {counts!r:.80}, which are no whole numbers by name")
     return step
 
 

@@ -213,11 +213,13 @@ class Faulty:
         if state == "hang":
             time.sleep(30)
         return {"none": None, "nan": Step(state=0, reward=float("nan"), done=True), "text": Step(state=0, reward=str(1), done=True),  # type: ignore
-                "mute": Step(state=0), "role": Step(state=0, replies=({"role": "tool", "content": "x"},)), "fine": Step(state=0, done=True)}[state]
+                "mute": Step(state=0), "role": Step(state=0, replies=({"role": "tool", "content": "x"},)), "fine": Step(state=0, done=True),
+                "uncounted": Step(state=0, done=True, counts=None), "many": Step(state=0, done=True, counts={"steps": "many"})}[state]  # type: ignore
 
 
 FAULTS = {
     "reset": "KeyError", "raise": "broken", "hang": "longer than", "none": "no Step", "nan": "nan", "text": "'1'", "mute": "neither", "role": "tool",
+    "uncounted": "counts are None", "many": "'many'",
 }
 
 
@@ -228,7 +230,7 @@ def test_a_failure_is_its_rows_alone() -> None:
     for episode, (kind, reason) in zip(played, FAULTS.items()):
         assert reason in episode.failed, (kind, episode.failed)
     assert played[-1].failed == "" and rolled.scores[-1] == 0.5 and np.isnan(rolled.scores[:-1]).all()
-    assert asked == [list(range(1, 9))] * 2 and not rolled.seqs.loss_mask[0].any()
+    assert asked == [list(range(1, len(kinds)))] * 2 and not rolled.seqs.loss_mask[0].any()
     assert run(Faulty(), ["raise"], ["raise"], {0: turns[0]}, failed=-2.0)[0].scores.tolist() == [-2.0]
 
 
