@@ -84,17 +84,35 @@ def as_number(text: str) -> Fraction | None:
     Args:
       text: e.g. `1,234.5`, `-3/4`, `1 1/2`, `12%`, `$5`, `2e-3`, `\frac{1}{3}`.
     """
+    value, finished = _worked_out(text)
+    return value if isinstance(value, Fraction) and finished else None
+
+
+def number_in(text: str) -> Fraction | None:
+    """The number that a text is, else the last one that it holds: `18 dollars`, `9*2 = $18 every day`. None of a sum that is left to do.
+
+    Args:
+      text: of an answer.
+    """
+    value, finished = _worked_out(text)
+    if value is None:
+        last = extract(text, "last_number")
+        return None if last is None else as_number(last)
+    return value if isinstance(value, Fraction) and finished else None
+
+
+def _worked_out(text: str) -> tuple[Number | None, bool]:
+    """The value of a text without variables, and whether nothing of it is left to do; None where it has none."""
     plain = text.strip().replace("−", "-")
     if len(plain) > LONG:
-        return None
+        return None, False
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}", plain):
-        return Fraction(plain)
+        return Fraction(plain), True
     try:
         node = parse(without_thousands(spelled(plain)))
-        value = evaluate(node, {})
+        return evaluate(node, {}), not _unfinished(node)
     except (Unreadable, ArithmeticError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, Fraction) and not _unfinished(node) else None
+        return None, False
 
 
 def same(answer: str, reference: str, *, finished: bool = False) -> bool:

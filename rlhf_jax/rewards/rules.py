@@ -59,6 +59,7 @@ def numeric(
     tolerance: float = 1e-6, percent: str = "hundredth",
 ) -> list[Score]:
     """1 where the response's number is the reference's, else 0. Read are 1,234.5, 1e-3, 3/4, 1 1/2, 12 %, $5, also in LaTeX; not sums left to do.
+    Of an answer with words, such as `18 dollars`, its last number counts; with extract = whole it must be a number and nothing else.
 
     Args:
       prompts: messages of each row, unused.
@@ -73,8 +74,8 @@ def numeric(
     _among("percent", percent, ("hundredth", "ignore"))
     _at_least("tolerance", tolerance, 0.0)
 
-    def number(text: str | None) -> Any:
-        return None if text is None else math_answer.as_number(text.replace("\\%", "%").replace("%", "") if percent == "ignore" else text)
+    def number(text: str | None, read: Callable[[str], Any] = math_answer.as_number) -> Any:
+        return None if text is None else read(text.replace("\\%", "%").replace("%", "") if percent == "ignore" else text)
 
     def judge(response: str, wanted: Any) -> Score:
         target = number(str(wanted))
@@ -82,7 +83,7 @@ def numeric(
             target = number(math_answer.extract(str(wanted), "auto"))
         if target is None:
             return Failed(f"the reference's {field} = {wanted!r} is no number")
-        given = number(math_answer.extract(response, extract))
+        given = number(math_answer.extract(response, extract), math_answer.as_number if extract == "whole" else math_answer.number_in)
         return float(given is not None and abs(given - target) <= math_answer.Fraction(tolerance) * (abs(target) or 1))
 
     return _against(field, responses, references, judge)

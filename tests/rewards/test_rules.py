@@ -32,6 +32,17 @@ CASES: list[tuple[str, dict[str, Any], str, Any, float]] = [
     ("numeric", {}, "7 + 1", {"answer": 8}, 0.0),  # "auto" takes the text of one line whole, and it is not worked out
     ("numeric", {}, "18", {"answer": "She sells 9 * 2.\n#### 18"}, 1.0),
     ("numeric", {}, "none", EIGHT, 0.0),
+    ("numeric", {}, "So the answer is 8 dollars.", EIGHT, 1.0),
+    ("numeric", {}, "The answer is 8 eggs", EIGHT, 1.0),
+    ("numeric", {}, "#### 8 dollars", EIGHT, 1.0),
+    ("numeric", {}, "<answer>8 eggs</answer>", EIGHT, 1.0),
+    ("numeric", {}, "It is 8 kg", EIGHT, 1.0),
+    ("numeric", {}, "She makes 4*2 = $8 every day.", EIGHT, 1.0),
+    ("numeric", {}, "8 of 9 eggs", EIGHT, 0.0),
+    ("numeric", {}, "0 + 8", EIGHT, 0.0),  # a sum left to do, though it ends in the answer
+    ("numeric", {}, "<answer>no eggs</answer> 8", EIGHT, 0.0),
+    ("numeric", {"extract": "whole"}, "8 eggs", EIGHT, 0.0),
+    ("numeric", {"percent": "ignore"}, "8% of all", EIGHT, 1.0),
     ("math", {}, r"So \boxed{\frac{16}{2}}", {"answer": "8.0"}, 0.0),
     ("math", {}, r"So \boxed{\frac{3}{6}}", {"answer": r"thus $\boxed{\frac12}$"}, 1.0),
     ("math", {}, r"\boxed{\{2,1\}}", {"answer": r"\{1,2\}"}, 1.0),
