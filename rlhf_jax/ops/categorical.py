@@ -4,7 +4,8 @@ Gumbel's argmax needs a random number per token, two fifths of a million of them
 in two levels, so that no [B, V] cumulative sum exists: the sums of about √V blocks are inverted at the first number, the tokens of the block found
 at the second, P(token) = P(block) · P(token | block). Blocks are strided (token v lies in block v mod K), which lets a CPU add whole vectors.
 A token of probability 0 is never drawn, whatever the rounding: a candidate must have a positive weight besides lying behind the number, and where
-rounding leaves no candidate the heaviest is taken. Deviation: a uniform has 23 bits, so blocks lighter than 2⁻²³ of the whole are drawn as
+rounding leaves no candidate the heaviest is taken. Logits that are NaN give some token of the vocabulary with a log-prob of NaN, which stays
+visible in whatever is computed from it. Deviation: a uniform has 23 bits, so blocks lighter than 2⁻²³ of the whole are drawn as
 often as that grid says.
 """
 
@@ -98,7 +99,8 @@ def invert(uniforms: Array, logits: Array) -> tuple[Array, Array]:
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=2)[:, :, 0]
     row = _first_beyond(uniforms[:, 1], jnp.exp(inside - best[:, None]))
     picked = jnp.take_along_axis(inside, row[:, None], axis=1)[:, 0]
-    return row * count + block, picked - best - jnp.log(sums.sum(axis=-1))
+    token = jnp.minimum(row * count + block, vocabulary - 1)  # beyond it lies the padding, which only NaN leads to
+    return token, picked - best - jnp.log(sums.sum(axis=-1))
 
 
 def _first_beyond(uniform: Array, weights: Array) -> Array:

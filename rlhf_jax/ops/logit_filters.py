@@ -20,20 +20,22 @@ import jax.numpy as jnp
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Array
 
+COLDEST = 1e-6  # temperature; logits divided by less may leave float32
+
 
 def temperature(logits: Array, *, t: float) -> Array:
     """logits / t, [B, V] float32.
 
     Args:
       logits: [B, V].
-      t: temperature, > 0; greedy decoding is an argmax, not a temperature of 0.
+      t: temperature, at least COLDEST; greedy decoding is an argmax, not a temperature of 0.
 
     Raises:
-      UserError: the temperature is not positive.
+      UserError: the temperature is lower.
     """
     chex.assert_rank(logits, 2)
-    if not t > 0:
-        raise UserError(f"sampling.temperature is {t}: a filter's temperature must be positive")
+    if not t >= COLDEST:
+        raise UserError(f"sampling.temperature is {t}: a filter's temperature must be at least {COLDEST:g}")
     logits = logits.astype(jnp.float32)
     return logits if t == 1 else logits / t
 
@@ -75,13 +77,27 @@ def top_p(logits: Array, *, p: float) -> Array:
         raise UserError(f"sampling.top_p is {p}: it must be above 0 and at most 1 (1 keeps every token)")
     if p == 1:
         return logits
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), order, axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked
-    # The first is kept by name: its `before` is 0 only up to rounding.
-    keep_ranked = (before < p).at[:, 0].set(True)
-    keep = jnp.take_along_axis(keep_ranked, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(keep, logits, -jnp.inf)
+    values = jnp.where(logits == 0, 0.0, logits).astype(jnp.float32)  # −0 ties with 0
+    probs, ranks = jax.nn.softmax(values, axis=-1), _ranks(values)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, which cannot overflow
+        fits = jnp.where(ranks > middle[:, None], probs, 0.0).sum(axis=-1) < p
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+    # The lowest logit such that those above it have less than p together, found by its bits. Two sorts of 16 rows of 24 000 take a CPU 30 times as long.
+    _, last = jax.lax.fori_loop(0, 32, halve, (ranks.min(axis=-1) - 1, ranks.max(axis=-1)))
+    above, equal = ranks > last[:, None], ranks == last[:, None]
+    mass, each = jnp.where(above, probs, 0.0).sum(axis=-1)[:, None], jnp.where(equal, probs, 0.0).max(axis=-1)[:, None]
+    place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32) - 1  # among equals, by token id; the first is kept whatever the rounding
+    return jnp.where(above | (equal & ((place == 0) | (mass + place * each < p))), logits, -jnp.inf)
+
+
+def _ranks(values: Array) -> Array:
+    """int32 in the order of float32 `values`."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def min_p(logits: Array, *, p: float) -> Array:

@@ -119,6 +119,13 @@ def test_the_likeliest_is_the_first_of_the_largest():
     assert categorical.likeliest(jnp.full((1, 5), -jnp.inf)).tolist() == [0]
 
 
+def test_logits_that_are_nan_give_a_token_of_the_vocabulary_and_a_log_prob_that_is_nan():
+    logits = jnp.zeros((3, 1500)).at[0].set(jnp.nan).at[1, 7].set(jnp.nan)
+    for method in (categorical.inversion, categorical.gumbel):
+        tokens, logps = method(jax.random.split(jax.random.key(1), 3), logits)
+        assert (tokens >= 0).all() and (tokens < 1500).all() and np.isnan(logps).tolist() == [True, True, False]
+
+
 def test_wrong_shapes_are_refused():
     keys = jax.random.split(jax.random.key(0), 2)
     for call in (lambda: categorical.draw(keys, jnp.zeros(3)), lambda: categorical.likeliest(jnp.zeros(3)),

@@ -54,6 +54,40 @@ def test_top_p(logits, p, jitted):
     assert all(int(row.argmax()) in found for row, found in zip(logits, kept(got)))
 
 
+def sorted_top_p(logits, p):
+    """Which tokens stay, by two sorts."""
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    keep = (jnp.cumsum(ranked, axis=-1) - ranked < p).at[:, 0].set(True)
+    return np.asarray(jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1) & (logits > -jnp.inf))
+
+
+ROWS = np.random.default_rng(3)
+EDGES = {
+    "random": ROWS.normal(size=(40, 700)) * 3,
+    "flat": ROWS.normal(size=(40, 700)) * 1e-3,
+    "tied": ROWS.integers(-3, 4, size=(40, 64)) * 0.7,
+    "banned": np.where(ROWS.random((40, 200)) < 0.9, -np.inf, ROWS.normal(size=(40, 200))),
+    "far": np.array([[1e30, -1e30, 1e-30, -1e-30, 0.0, -0.0], [-1e4, -1e4 - 1, -2e4, -np.inf, -np.inf, -1e4], [0.0, -0.0, 0.0, -0.0, 0.0, -0.0],
+                     [-np.inf] * 5 + [3.0], [5.0] * 6, [3e38, 3e38, -3e38, 0, 0, 0], [1e-40, 2e-40, 0, -1e-40, 1e-39, 3e-40]]),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_top_p_keeps_what_sorting_keeps(name):
+    """Everywhere but where the mass before a token is p itself up to rounding, which both sum in their own order."""
+    logits = jnp.asarray(EDGES[name], jnp.float32)
+    run = jax.jit(filters.top_p, static_argnames="p")
+    for p in (1e-30, 0.07, 0.351, 0.5001, 0.9, 0.999, 1 - 1e-6):
+        got, wanted = np.isfinite(np.asarray(run(logits, p=p))), sorted_top_p(logits, p)
+        for row in np.flatnonzero((got != wanted).any(-1)):
+            z = np.asarray(logits[row], np.float64)
+            order = np.argsort(-z, kind="stable")
+            weights = np.exp(z[order] - z.max())
+            before = np.concatenate([[0.0], np.cumsum(weights)[:-1]]) / weights.sum()
+            assert (np.abs(before - p)[(got != wanted)[row][order]] < 1e-6).all(), (name, p, row)
+
+
 def test_top_p_by_hand():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
     assert kept(filters.top_p(logits, p=0.4)) == [{1}]
@@ -84,6 +118,7 @@ def test_removed_tokens_stay_removed_when_filters_are_chained():
     lambda: filters.top_p(jnp.ones((1, 3)), p=0.0),
     lambda: filters.top_p(jnp.ones((1, 3)), p=1.1),
     lambda: filters.temperature(jnp.ones((1, 3)), t=0.0),
+    lambda: filters.temperature(jnp.ones((1, 3)), t=1e-39),
 ])
 def test_settings_out_of_range_name_the_config_key(call):
     with pytest.raises(UserError, match=r"sampling\."):
