@@ -66,6 +66,7 @@ def main() -> int:
         raise UserError("--model is missing: name a policy's workdir or a Hugging Face directory")
     if options.top_p <= 0:
         raise UserError(f"--top_p = {options.top_p}: must be above 0; 1.0 switches it off")
+    drawn.check_temperature(options.temperature)
     terminal = sys.stdin.isatty()
     chat = _opened()
     chat.system(options.system)
@@ -101,8 +102,9 @@ def _opened() -> Any:
     config = chosen(source.config, options.context, options.dtype)
     with meshed(1, options.tensor) as mesh:
         policy = Policy(dataclasses.replace(source, config=config), "--model", mesh)
+    composed = drawn.compose(options.filters, options.stop_strings, tokenizer, config.vocab_size, options.max_new_tokens)
     settings = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, max_new_tokens=options.max_new_tokens,
-                        seed=options.seed, filters=drawn.compose(options.filters, options.stop_strings, tokenizer, config.vocab_size))
+                        seed=options.seed, filters=composed)
     return Chat(policy, tokenizer, source.template, settings)
 
 

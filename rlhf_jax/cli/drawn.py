@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax import sampling
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.ops.logit_filters import COLDEST
 from rlhf_jax.sampling import filters
 
 FLAGS_HELP = {
@@ -44,7 +46,22 @@ def read(texts: Sequence[str]) -> tuple[dict[str, Any], ...]:
     return tuple(entries)
 
 
-def compose(texts: Sequence[str], stop_strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> sampling.Filters:
+def check_temperature(temperature: float, *, greedy: bool = True) -> None:
+    """Refuses a --temperature by which logits cannot be divided.
+
+    Args:
+      temperature: the flag's.
+      greedy: 0 stands for greedy decoding.
+
+    Raises:
+      UserError: too low, or not finite.
+    """
+    if not (COLDEST <= temperature < math.inf or (greedy and temperature == 0)):
+        least = f"{COLDEST:g}, or 0, which is greedy" if greedy else f"{COLDEST:g}; greedy completions are evaluated besides"
+        raise UserError(f"--temperature = {temperature}: must be finite and at least {least}")
+
+
+def compose(texts: Sequence[str], stop_strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int, max_new_tokens: int) -> sampling.Filters:
     """The flags' filters, for a tokenizer.
 
     Args:
@@ -52,12 +69,13 @@ def compose(texts: Sequence[str], stop_strings: Sequence[str], tokenizer: Tokeni
       stop_strings: --stop_strings.
       tokenizer: the policy's.
       vocab_size: of the policy's logits.
+      max_new_tokens: --max_new_tokens.
 
     Raises:
       UserError: a filter that cannot be, named by flag.
     """
     try:
-        return filters.build(read(texts), tuple(stop_strings), tokenizer=tokenizer, vocab_size=vocab_size)
+        return filters.build(read(texts), tuple(stop_strings), tokenizer=tokenizer, vocab_size=vocab_size, max_new_tokens=max_new_tokens)
     except UserError as error:
         said = str(error).replace(filters.KEY, "--filters").replace(filters.STOPS, "--stop_strings")
         raise UserError(said.replace("config.sampling.", "--")) from None

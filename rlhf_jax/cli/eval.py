@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import flags
 
+from rlhf_jax.cli import drawn
 from rlhf_jax.errors import UserError
 
 QUEUE = 8  # prompts in one program, in batches: rows that have ended make room for them
@@ -84,8 +85,7 @@ def _policy(source: Any) -> dict[str, Any]:
     options = flags.FLAGS
     if bool(options.gold) == bool(options.judge):
         raise UserError("--gold and --judge: give exactly one of them, to say what a response is worth")
-    if options.temperature <= 0:
-        raise UserError(f"--temperature = {options.temperature}: must be above 0; greedy completions are evaluated besides")
+    drawn.check_temperature(options.temperature, greedy=False)
     policy = Policy(source, "--checkpoint")
     if options.max_new_tokens >= policy.config.context:
         raise UserError(f"--max_new_tokens = {options.max_new_tokens} leaves no room for a prompt in a context of {policy.config.context}")

@@ -61,6 +61,7 @@ def main() -> int:
         raise UserError("--prompt and --input: give exactly one of them")
     if options.top_p <= 0:
         raise UserError(f"--top_p = {options.top_p}: must be above 0; 1.0 switches it off")
+    drawn.check_temperature(options.temperature)
     if bool(options.best_of) != bool(options.reward):
         raise UserError("--best_of and --reward go together: how many samples of each prompt, and what they are worth")
     if options.best_of and options.n > 1:
@@ -93,7 +94,7 @@ def _sampled() -> list[dict[str, Any]]:
         raise UserError(f"--max_new_tokens = {options.max_new_tokens} leaves no room for a prompt in a context of {policy.config.context}")
     source, key = policy.source, "--checkpoint"
     tokenizer, slots = source.reader(key), max(options.batch_size // group, 1) * group
-    filters = drawn.compose(options.filters, options.stop_strings, tokenizer, policy.config.vocab_size)
+    filters = drawn.compose(options.filters, options.stop_strings, tokenizer, policy.config.vocab_size, options.max_new_tokens)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = options.input

@@ -1,7 +1,8 @@
 """A number to be guessed: after every guess the policy is told whether it is higher or lower.
 
 The row may name the range (`low`, `high`) and the number (`secret`); else the parameters say the one and the seed draws the other. A guess is the
-first whole number of a turn; a turn without one, or with one of more than LONGEST digits, is told so. The reward of the right guess is 1 − `turn_cost` · (turns before it), of any other 0.
+first whole number of a turn; a turn without one, or with one of more than LONGEST digits, is told so. The reward of the right guess is
+1 − `turn_cost` · (turns before it), of any other 0.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def top_p(logits: Array, *, p: float) -> Array:
         fits = jnp.where(ranks > middle[:, None], probs, 0.0).sum(axis=-1) < p
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
-    # The lowest logit such that those above it have less than p together, found by its bits. Two sorts of 16 rows of 24 000 take a CPU 30 times as long.
+    # The lowest logit such that those above it have less than p together, found by its bits: a CPU does 16 rows of 24 000 in 4.3 ms, and in 144 by
+    # two sorts.
     _, last = jax.lax.fori_loop(0, 32, halve, (ranks.min(axis=-1) - 1, ranks.max(axis=-1)))
     above, equal = ranks > last[:, None], ranks == last[:, None]
     mass, each = jnp.where(above, probs, 0.0).sum(axis=-1)[:, None], jnp.where(equal, probs, 0.0).max(axis=-1)[:, None]

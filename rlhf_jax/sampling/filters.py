@@ -5,14 +5,14 @@
 Edits of what the network says come first, cuts to its likeliest tokens last; between the two stand the section's own `temperature`, `top_k` and
 `top_p`, in this order. Temperature is no filter of the list, since it divides the trainer's logits too. A filter is a pure function
 `(logits, state) -> (logits, state)`; the state holds what filters read of the row so far, no more than the list needs, and moves on with each
-drawn token. Stop strings are followed in the same state. The maths is in ops/logit_filters.py.
+drawn token. Stop strings are followed in the same state. Both they and bad words that are texts are looked for in what is generated alone; bad
+words that are rows of ids may begin in the prompt, whose last tokens they see. The maths is in ops/logit_filters.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +34,7 @@ PARAMETERS = {  # each filter's one parameter
     "min_new_tokens": "tokens", "allowed": "ids", "top_k": "k", "top_p": "p", "min_p": "p",
 }
 CUTS = ("top_k", "top_p", "min_p")
+FINITE = float(np.finfo(np.float32).max)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["count", "seen", "counts", "recent", "words", "stops"], meta_fields=[])
@@ -129,12 +130,13 @@ class Filters:
 NONE = Filters()
 
 
-def check(entries: Any, stop_strings: Any) -> None:
+def check(entries: Any, stop_strings: Any, *, max_new_tokens: int = 0) -> None:
     """Refuses what `build` could not compose, as far as it can be seen without a tokenizer.
 
     Args:
       entries: config.sampling.filters.
       stop_strings: config.sampling.stop_strings.
+      max_new_tokens: config.sampling.max_new_tokens, which min_new_tokens may not exceed; 0 = not known.
 
     Raises:
       UserError: the first mistake, with its place, value and remedy.
@@ -157,11 +159,14 @@ def check(entries: Any, stop_strings: Any) -> None:
             raise UserError(f"{where}: {name} edits the logits that {cut} before it has cut already: list it first")
         cut = name if name in CUTS else cut
         _check_value(where, name, entry[PARAMETERS[name]])
+        if name == "min_new_tokens" and 0 < max_new_tokens < entry["tokens"]:
+            raise UserError(f"{where}.tokens = {entry['tokens']} exceeds config.sampling.max_new_tokens = {max_new_tokens}: lower it")
     if isinstance(stop_strings, str) or not isinstance(stop_strings, Sequence) or not all(isinstance(s, str) and s for s in stop_strings):
         raise UserError(f"{STOPS} = {stop_strings!r}: must be a tuple of texts, none empty, e.g. ('\\n\\n',)")
 
 
-def build(entries: Sequence[Mapping[str, Any]], stop_strings: Sequence[str], *, tokenizer: Tokenizer, vocab_size: int) -> Filters:
+def build(entries: Sequence[Mapping[str, Any]], stop_strings: Sequence[str], *, tokenizer: Tokenizer, vocab_size: int, max_new_tokens: int = 0
+          ) -> Filters:
     """The filters of a config, for a tokenizer.
 
     Args:
@@ -169,11 +174,12 @@ def build(entries: Sequence[Mapping[str, Any]], stop_strings: Sequence[str], *, 
       stop_strings: config.sampling.stop_strings; the token that completes one of them is a row's last.
       tokenizer: the policy's.
       vocab_size: V of the policy's logits.
+      max_new_tokens: as in `check`.
 
     Raises:
       UserError: an entry that cannot be, names a token that there is not, or bans every token.
     """
-    check(entries, stop_strings)
+    check(entries, stop_strings, max_new_tokens=max_new_tokens)
     words = [word for entry in entries if entry["name"] == "bad_words" for word in entry["words"]]
     texts, rows = [word for word in words if isinstance(word, str)], [tuple(word) for word in words if not isinstance(word, str)]
     for text in (*texts, *stop_strings):
@@ -250,7 +256,10 @@ def _logit_bias(bias: Mapping[Any, float], context: _Context) -> _Part:
 
 
 def _bad_words(words: Sequence[Any], context: _Context) -> _Part:
-    """Bans the token that would complete a bad word: of a row of ids behind the same ids, of a text wherever the tokens' borders fall."""
+    """Bans the token that would complete a bad word: of a row of ids behind the same ids, of a text wherever the tokens' borders fall.
+
+    A row of ids may begin in the prompt; a text is looked for in what is generated alone, since a prompt ends in the template's own marks.
+    """
     rows = [tuple(word) for word in words if not isinstance(word, str)]
     texts = any(isinstance(word, str) for word in words)
     single, several = [row[0] for row in rows if len(row) == 1], [row for row in rows if len(row) > 1]
@@ -302,7 +311,8 @@ def _whole(x: Any) -> bool:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """Whether float32, in which logits are edited, holds it."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= FINITE  # false of NaN
 
 
 def _list(x: Any) -> bool:
@@ -346,11 +356,12 @@ def _check_left(entries: Sequence[Mapping[str, Any]], context: _Context) -> None
             named = [int(token) for token in entry["bias"]]
         elif entry["name"] == "bad_words":
             named = [token for word in entry["words"] if not isinstance(word, str) for token in word]
-        elif entry["name"] == "min_new_tokens" and entry["tokens"] and left <= set(context.stop_ids):
-            raise UserError(f"{KEY}[{number}]: min_new_tokens bans the stop tokens, and the filters before it leave no others: allow more")
         if outside := [token for token in named if not 0 <= token < context.vocab_size]:
             raise UserError(f"{KEY}[{number}]: {entry['name']} names token {outside[0]}, and the vocabulary has {context.vocab_size}: take it out")
         if entry["name"] == "bad_words":
             left -= {word[0] for word in entry["words"] if not isinstance(word, str) and len(word) == 1}
         if not left:
             raise UserError(f"{KEY}[{number}]: {entry['name']} leaves no token to draw with the filters before it: allow more, or ban fewer")
+    for number, entry in enumerate(entries):
+        if entry["name"] == "min_new_tokens" and entry["tokens"] and left <= set(context.stop_ids):
+            raise UserError(f"{KEY}[{number}]: min_new_tokens bans the stop tokens, and the other filters leave nothing else: allow more")

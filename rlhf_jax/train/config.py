@@ -18,6 +18,7 @@ from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
 from rlhf_jax.models.cache import KINDS as CACHES
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.ops.logit_filters import COLDEST
 from rlhf_jax.rewards import entries
 from rlhf_jax.sampling import filters
 from rlhf_jax.train import optimizer, schedule
@@ -90,7 +91,7 @@ ONLINE: dict[str, Any] = {
     "fused": bool,
     "critic": {"kind": ("none", "shared", "separate"), "init_from": str},
     "sampling": {
-        "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, 0.0, above=True), "top_k": COUNT,
+        "group_size": NATURAL, "max_new_tokens": NATURAL, "temperature": Number(float, COLDEST), "top_k": COUNT,
         "top_p": Number(float, 0.0, 1.0, above=True), "filters": Sequence, "stop_strings": Sequence, "cache": CACHES, "slots": COUNT,
         "old_logps": ("trainer", "sampler"),
     },
@@ -268,7 +269,7 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
     if "ptx" in c and c["ptx"]["max_length"] > model.context:
         raise UserError(f"config.ptx.max_length = {c['ptx']['max_length']} exceeds config.model.context = {model.context}")
     sampling = c["sampling"]
-    filters.check(sampling["filters"], sampling["stop_strings"])
+    filters.check(sampling["filters"], sampling["stop_strings"], max_new_tokens=sampling["max_new_tokens"])
     if run["batch_size"] % sampling["group_size"]:
         raise UserError(f"config.run.batch_size = {run['batch_size']} completions do not divide into groups of "
                         f"config.sampling.group_size = {sampling['group_size']}")
@@ -279,6 +280,9 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
                             f"{devices} devices that rows are split over, even where an opponent draws; 0 decodes the whole batch at once")
     if c["env"]["name"]:
         _check_env(c, model, objective)
+    elif c["env"]["parameters"]:
+        raise UserError(f"config.env.parameters = {c['env']['parameters']!r} are nobody's with config.env.name = '': name the environment, or take "
+                        "them out")
     elif data["prompt_length"] + sampling["max_new_tokens"] > model.context:
         raise UserError(f"config.data.prompt_length + config.sampling.max_new_tokens = {data['prompt_length']} + "
                         f"{sampling['max_new_tokens']} exceeds config.model.context = {model.context}")

@@ -218,6 +218,10 @@ BAD = {
     "order": ((dict(name="min_p", p=0.1), dict(name="allowed", ids=(1,))), r"filters\[1\]: allowed edits the logits that min_p"),
     "outside": ((dict(name="allowed", ids=(1, 9)),), r"filters\[0\]: allowed names token 9, and the vocabulary has 9"),
     "nothing left": ((dict(name="allowed", ids=(1,)), dict(name="bad_words", words=((1,),))), r"filters\[1\]: bad_words leaves no token"),
+    "only stops, listed the other way round": ((dict(name="min_new_tokens", tokens=2), dict(name="allowed", ids=(3,))),
+                                               r"filters\[0\]: min_new_tokens bans the stop tokens"),
+    "more than float32": ((dict(name="logit_bias", bias={1: 1e39}),), "finite numbers by token id"),
+    "far more": ((dict(name="presence_penalty", penalty=10**400),), "must be a finite number"),
     "only stops": ((dict(name="allowed", ids=(3,)), dict(name="min_new_tokens", tokens=2)), r"filters\[1\]: min_new_tokens bans the stop tokens"),
 }
 
@@ -228,6 +232,13 @@ def test_a_mistake_is_one_sentence_with_its_place(name: str) -> None:
     with pytest.raises(UserError, match=r"config\.sampling\.filters") as error:
         filters.build(entries, (), tokenizer=TOKENIZER, vocab_size=VOCABULARY)
     error.match(message)
+
+
+def test_more_tokens_at_least_than_at_most_are_refused() -> None:
+    entries = (dict(name="min_new_tokens", tokens=5),)
+    with pytest.raises(UserError, match=r"filters\[0\]\.tokens = 5 exceeds config\.sampling\.max_new_tokens = 4"):
+        filters.check(entries, (), max_new_tokens=4)
+    filters.check(entries, (), max_new_tokens=5)
 
 
 @pytest.mark.parametrize(("stops", "message"), [("\n", "must be a tuple of texts"), (("",), "none empty"), (("<|end|>",), "a control token")])
