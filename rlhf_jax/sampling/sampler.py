@@ -59,7 +59,8 @@ def generate(
     how: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stop_ids, pad_id=pad_id, filters=filters)
     lengths = (prompts.segment_ids != 0).sum(axis=-1).astype(jnp.int32)
     if 0 < slots < batch:
-        drawn, done = refilled(nets, prompts, keys, slots=slots, group_size=group_size, chunk=chunk or CHUNK, max_new_tokens=max_new_tokens, how=how)
+        steps = min(chunk or CHUNK, max_new_tokens)
+        drawn, done = refilled(nets, prompts, keys, slots=slots, group_size=group_size, chunk=steps, max_new_tokens=max_new_tokens, how=how)
         return _assemble(prompts, lengths, drawn, ~done, jnp.asarray(iteration, jnp.int32), group_size)
     prompt_visible = jnp.pad(prompts.segment_ids != 0, ((0, 0), (0, max_new_tokens)))
     slot_index = jnp.arange(width + max_new_tokens)[None, :]

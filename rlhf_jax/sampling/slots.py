@@ -142,7 +142,7 @@ class _Work:
         row = jnp.where(new, index, rows.row).astype(jnp.int32)
         at, group = row.clip(max=batch - 1), jnp.clip(row // self.group_size - pool.first, 0, ahead - 1)
         take = lambda old, x: _joined(new, old, x[group], 0)  # noqa: E731
-        move = lambda old, x: _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4)  # noqa: E731
+        move = lambda old, x: _joined(new, old, jnp.take(x, group, axis=x.ndim - 4), x.ndim - 4, "kv_heads")  # noqa: E731
         empty = blank((self.slots, self.new), rows.drawn, self.how["pad_id"])
         rows = _Rows(
             row=row, key=jnp.where(new, self.keys[at], rows.key), length=jnp.where(new, self.lengths[at], rows.length),
@@ -180,7 +180,7 @@ class _Work:
         )
 
 
-def _joined(new: Array, old: Array, x: Array, axis: int) -> Array:
-    """`x` in the rows that are `new`; rows lie along `axis`, and stay where they are on the mesh."""
+def _joined(new: Array, old: Array, x: Array, axis: int, *names: str) -> Array:
+    """`x` in the rows that are `new`; rows lie along `axis`, `names` are the axes behind it, and all stays where it is on the mesh."""
     picked = jnp.where(new.reshape((-1,) + (1,) * (old.ndim - axis - 1)), x, old)
-    return constrain(picked, (*(None,) * axis, "batch", *(None,) * (old.ndim - axis - 1)))
+    return constrain(picked, (*(None,) * axis, "batch", *names, *(None,) * (old.ndim - axis - 1 - len(names))))

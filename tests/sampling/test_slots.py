@@ -82,6 +82,7 @@ def test_eight_devices_refill_as_one_does(sizes: dict[str, int]) -> None:
     same_rollout(jax.tree.map(np.asarray, run(*placed)), generate(batch, config=config, **{**how, "slots": 0}))
     heads = sizes.get("tensor", 1)
     (body,) = token_loops(run.as_text(), heads * 21 * 2 // heads * 4)
+    assert heads == 1 or not re.search(r"f32\[\d+,2,(4,21|21,4)\]\S* all-gather", run.as_text()), "rows that join bring their own heads alone"
     assert re.search(rf"f32\[{heads},{2 // heads},4,21\]\S* (dynamic-update-slice|fusion)\(", body)
     assert not re.search(r"f32\[8,[12],|f32\[2,2,(4,21|21,4)\]", body)
     collectives = re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(", body)
@@ -157,6 +158,14 @@ def test_free_rows_are_filled_and_prompts_prefilled_once() -> None:
     assert sorted(noted.steps) == list(range(width, width + len(noted.steps))) and prefilled == [4] * 4
     in_batches = sum(lengths[b : b + 4].max() for b in range(0, 16, 4))
     assert lengths.sum() / 4 <= len(noted.steps) < min(in_batches, (lengths.sum() + 2 * 16) / 4 + lengths.max()), (len(noted.steps), in_batches)
+
+
+def test_a_chunk_is_no_longer_than_a_row() -> None:
+    noted = Counting(tiny.nets(tiny.config(layers=1)), [])
+    how = {**SETTINGS, "stop_ids": (), "max_new_tokens": 5}
+    tiny.jit(lambda p: sampling.generate(noted, p, jax.random.key(0), iteration=2, slots=8, **how))(prompts(list(texts()), 6)).truncated.block_until_ready()
+    jax.effects_barrier()
+    assert len(noted.steps) == 2 * 5
 
 
 @pytest.mark.parametrize(("config", "kind"), [(tiny.BASE, "same"), (SCANNED, "int8")], ids=["float32", "int8"])
