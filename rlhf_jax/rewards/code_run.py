@@ -99,17 +99,25 @@ def run(source: str, *, stdin: str = "", limits: Limits = Limits()) -> Run:
         return _contained([sys.executable, "-I", "program.py"], place, stdin, limits)
 
 
-def outputs_passed(source: str, tests: Sequence[tuple[str, str]], *, limits: Limits) -> list[bool]:
+def outputs_passed(source: str, tests: Sequence[tuple[str, str]], *, limits: Limits, to_the_end: bool = True) -> list[bool]:
     """Which tests a program passes that reads standard input: its output is the expected one, but for space at the ends of lines.
 
     Args:
       source: the program.
       tests: (input, expected output).
       limits: of each run.
+      to_the_end: run the tests behind one that fails.
+
+    Returns:
+      as many as were run.
     """
     lines = lambda text: [line.rstrip() for line in text.rstrip().split("\n")]  # noqa: E731
-    results = (run(source, stdin=given, limits=limits) for given, _ in tests)
-    return [result.code == 0 and lines(result.output) == lines(expected) for result, (_, expected) in zip(results, tests)]
+    passed: list[bool] = []
+    for given, expected in tests:
+        if to_the_end or all(passed):
+            result = run(source, stdin=given, limits=limits)
+            passed.append(result.code == 0 and lines(result.output) == lines(expected))
+    return passed
 
 
 def assertions_passed(source: str, tests: Sequence[str], *, limits: Limits) -> list[bool]:
@@ -134,16 +142,20 @@ def assertions_passed(source: str, tests: Sequence[str], *, limits: Limits) -> l
 
 
 @functools.cache
-def fences() -> frozenset[str]:
+def fences(limits: Limits = Limits()) -> frozenset[str]:
     """Which of "network", "processes", "user" and "files" the sandbox closes off on this system; the limits hold everywhere.
 
+    Args:
+      limits: those that a small program is tried within, but for the time, which a busy machine may take from it.
+
     Raises:
-      NoSandbox: not even an empty program runs in it.
+      NoSandbox: the program does not run in it.
     """
+    limits = dataclasses.replace(limits, seconds=max(limits.seconds, 20.0))
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_code_") as place:
         os.mkdir(os.path.join(place, "work"))
-        ended = _contained([sys.executable], place, "", Limits(seconds=20.0), report=True)
-    tried = run("print(6 * 7)", limits=Limits(seconds=20.0))
+        ended = _contained([sys.executable], place, "", limits, report=True)
+    tried = run("print(6 * 7)", limits=limits)
     if ended.code != 0 or tried.output != "42\n":
         raise NoSandbox(f"programs do not run in the sandbox on this system: {(ended.errors + tried.errors).strip()[-300:] or tried.code}")
     return frozenset(json.loads(ended.output))

@@ -56,6 +56,8 @@ def combine(raw: Array, real: Array, shares: Sequence[Share], *, default: float 
         known = real & ~failed[:, column]
         value = jnp.where(failed[:, column], 0.0, raw[:, column]).astype(jnp.float32)
         metrics[f"reward/{share.label}"] = Mean.of(value, known)
+        if share.weight == 0:  # it is only logged, and its failure takes no row's score
+            continue
         if default is not None:
             value = jnp.where(failed[:, column], default, value)
             known = real

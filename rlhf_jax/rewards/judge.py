@@ -64,8 +64,9 @@ def reward(
     Raises:
       ValueError: a senseless value.
     """
-    if len(scale) != 2 or not scale[0] < scale[1]:
-        raise ValueError(f"scale = {scale!r}: must be (lowest, highest)")
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) and abs(end) < 1e9 for end in scale)
+    if len(scale) != 2 or not numbers or not scale[0] < scale[1]:
+        raise ValueError(f"scale = {scale!r}: must be (lowest, highest), two numbers")
     if max_tokens < 1:
         raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
     if key_env and not os.environ.get(key_env):
@@ -132,8 +133,8 @@ def compare(
 
 
 def read_score(text: str, low: float, high: float) -> float | None:
-    """The score in a judge's answer: of the JSON object, else after "score:", before "/high", or the answer's only number. None where there is none
-    within the scale.
+    """The score in a judge's answer: of the JSON object, else after "score:", before "/high", or the answer's only number; a text in the object, such
+    as "8/10", is read likewise. None where there is none within the scale.
 
     Args:
       text: the answer.
@@ -141,10 +142,11 @@ def read_score(text: str, low: float, high: float) -> float | None:
     """
     number = r"(-?\d+(?:\.\d+)?)"
     value = _object(text).get("score")
-    if value is None or isinstance(value, bool | list | dict):
+    if value is None or isinstance(value, str | bool | list | dict):
+        text = value if isinstance(value, str) else text
         found = re.findall(rf"\bscore\b[\s*_:='\"]*{number}", text, flags=re.IGNORECASE) or re.findall(rf"{number}\s*/\s*{high:g}\b", text)
         alone = re.fullmatch(rf"[\s*_.'\"]*{number}[\s*_.'\"]*", text)
-        value = found[-1] if found else alone[1] if alone else None
+        value = found[-1] if found else alone[1] if alone else value if isinstance(value, str) else None
     try:
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -73,6 +73,8 @@ def numeric(
     _among("extract", extract, math_answer.EXTRACTIONS)
     _among("percent", percent, ("hundredth", "ignore"))
     _at_least("tolerance", tolerance, 0.0)
+    if tolerance == float("inf"):
+        raise ValueError(f"tolerance = {tolerance!r}: must be finite, or every number is right")
 
     def number(text: str | None, read: Callable[[str], Any] = math_answer.as_number) -> Any:
         return None if text is None else read(text.replace("\\%", "%").replace("%", "") if percent == "ignore" else text)
@@ -259,6 +261,7 @@ def code(
     """
     limits = code_run.Limits(seconds=seconds, memory=memory, file=file, processes=processes)
     _at_least("workers", workers, 1)
+    _check_sandbox(limits)  # an error here, once, is no model's fault
 
     def judge(response: str, tests: Any) -> Score:
         source = code_run.program(response)
@@ -268,16 +271,27 @@ def code(
         if all(isinstance(test, str) for test in tests):
             passed = code_run.assertions_passed(source, tests, limits=limits)
         elif all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
-            passed = code_run.outputs_passed(source, [(str(test["input"]), str(test["output"])) for test in tests], limits=limits)
+            passed = code_run.outputs_passed(source, [(str(test["input"]), str(test["output"])) for test in tests], limits=limits, to_the_end=partial)
         else:
             return Failed(f"the reference's {field} holds {tests[0]!r}: must be assertions, or objects with input and output")
         return sum(passed) / len(passed) if partial else float(all(passed))
 
-    if not responses:
-        return []
-    code_run.fences()  # an error here, once, is no model's fault
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda pair: _against(field, [pair[0]], [pair[1]], judge)[0], zip(responses, references, strict=True)))
+
+
+def _check_sandbox(limits: code_run.Limits) -> None:
+    """Refuses limits within which no program runs, on a system where some do."""
+    try:
+        code_run.fences()
+    except code_run.NoSandbox as error:
+        raise ValueError(f"name = 'rules.code': {error}") from error
+    try:
+        code_run.fences(limits)
+    except code_run.NoSandbox as error:
+        said = str(error).rpartition("\n")[2]
+        raise ValueError(f"memory = {limits.memory}, file = {limits.file}, processes = {limits.processes}: not even a small program runs within "
+                         f"these limits ({said}); choose others") from error
 
 
 def _against(field: str, responses: Sequence[str], references: Sequence[Any], judge: Callable[[str, Any], Score]) -> list[Score]:

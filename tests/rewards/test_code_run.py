@@ -33,6 +33,16 @@ def test_tests_by_standard_input() -> None:
     assert code_run.outputs_passed("print(int(input()) * 2)", tests, limits=QUICK) == [True, True, False, False]
 
 
+@pytest.mark.parametrize(("partial", "score", "runs"), [(False, 0.0, 2), (True, 2 / 3, 3)])
+def test_the_tests_behind_a_failure_run_where_they_count(partial: bool, score: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = {"tests": [{"input": "2", "output": "4"}, {"input": "3", "output": "5"}, {"input": "4", "output": "8"}]}
+    calls: list[str] = []
+    rules.code([], [], [])  # the sandbox is tried once, before
+    original = code_run.run
+    monkeypatch.setattr(code_run, "run", lambda *a, **k: calls.append(k["stdin"]) or original(*a, **k))
+    assert rules.code([[]], ["print(int(input()) * 2)"], [tests], partial=partial) == [score] and len(calls) == runs
+
+
 @pytest.mark.parametrize(
     ("source", "passed"),
     [

@@ -51,6 +51,14 @@ def test_a_failed_component(gap: float) -> None:
     assert float(metrics["reward/failed"].compute()) == pytest.approx(1 / 3)
 
 
+def test_a_component_of_weight_0_is_only_logged() -> None:
+    raw, shares = RAW.copy(), (SHARES[0], Share("b", 0.0, over_batch=True))
+    raw[1, 1] = NAN
+    scores, metrics = run(raw[:, :2], shares)
+    np.testing.assert_allclose(scores, [2.0, 0.0, 2.0, 0.0])
+    assert float(metrics["reward/failed"].compute()) == pytest.approx(1 / 3) and float(metrics["reward/b"].compute()) == pytest.approx(7.0)
+
+
 def test_filler_rows_count_for_nothing() -> None:
     raw = RAW.copy()
     raw[3] = NAN

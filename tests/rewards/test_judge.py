@@ -23,6 +23,8 @@ USER = [{"role": "user", "content": "Name a colour."}]
         ('{"score": "6"}', 6.0), ("Score: 4", 4.0), ("I give it 9/10.", 9.0), (" 5. ", 5.0), ("**Score**: 3", 3.0), ('{"score": 11}', None),
         ('{"score": 0}', None), ("-3", None), ('{"score": true}', None), ('{"score": null}', None), ('{"score": NaN}', None), ("", None),
         ("It has 3 flaws and 2 merits", None), ('{"score": ', None), ('["score", 5]', None),
+        ('{"score": "8/10"}', 8.0), ('{"score": "Score: 7"}', 7.0), ('{"score": "12/10"}', None), ('{"score": "high"}', None),
+        ('{"score": "3 of 5"} 4/10', None),
     ],
 )
 def test_scores_are_read(text: str, score: float | None) -> None:
@@ -90,6 +92,8 @@ def test_pairs_are_asked_in_both_orders(forward: str, backward: str, preference:
     ("parameters", "said"),
     [
         ({"url": "here"}, r"config\.rewards\[0\]\.url = 'here'"), ({"scale": (5.0, 1.0)}, r"\.scale = \(5\.0, 1\.0\)"),
+        ({"scale": ("1", 10.0)}, r"\.scale = \('1', 10\.0\)"), ({"scale": (1.0, float("inf"))}, r"\.scale = \(1\.0, inf\)"),
+        ({"scale": (False, True)}, r"\.scale"), ({"scale": (1.0, None)}, r"\.scale"), ({"scale": (1.0,)}, r"\.scale"),
         ({"max_tokens": 0}, r"\.max_tokens = 0"), ({"key_env": "NO_SUCH_KEY"}, r"\.key_env = 'NO_SUCH_KEY'.*not set"),
         ({"retries": 1.5}, r"\.retries = 1\.5"), ({"modle": "m"}, r"\.modle.*did you mean 'model'"),
     ],

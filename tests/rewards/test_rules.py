@@ -102,12 +102,14 @@ def test_a_senseless_reference_fails(rule: str, reference: Any) -> None:
     ("rule", "parameters", "said"),
     [
         ("exact_match", {"extract": "box"}, "extract = 'box'"), ("numeric", {"tolerance": -1.0}, "tolerance = -1.0"),
-        ("numeric", {"tolerance": float("nan")}, "tolerance = nan"), ("numeric", {"percent": "no"}, "percent = 'no'"),
+        ("numeric", {"tolerance": float("nan")}, "tolerance = nan"), ("numeric", {"tolerance": float("inf")}, "tolerance = inf"),
+        ("numeric", {"percent": "no"}, "percent = 'no'"),
         ("regex", {"pattern": "("}, r"pattern = '\('"),
         ("format", {"tags": "think"}, "tags = 'think'"), ("format", {"tags": ("a", "a")}, "tags"), ("format", {"tags": ()}, "tags"),
         ("length", {}, "low = high = 0"),
         ("length", {"low": 5, "high": 4}, "low = 5 exceeds high = 4"), ("length", {"high": 4, "unit": "tokens"}, "unit = 'tokens'"),
         ("repetition", {"n": 0}, "n = 0"), ("code", {"seconds": 0.0}, "limits must be positive"), ("code", {"workers": 0}, "workers = 0"),
+        ("code", {"memory": 4}, "memory = 4, file = 16"), ("code", {"memory": 10**13}, "memory = 10000000000000"),
     ],
 )
 def test_senseless_parameters_are_refused_on_no_rows(rule: str, parameters: dict[str, Any], said: str) -> None:

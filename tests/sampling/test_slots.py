@@ -163,7 +163,8 @@ def test_free_rows_are_filled_and_prompts_prefilled_once() -> None:
 def test_a_chunk_is_no_longer_than_a_row() -> None:
     noted = Counting(tiny.nets(tiny.config(layers=1)), [])
     how = {**SETTINGS, "stop_ids": (), "max_new_tokens": 5}
-    tiny.jit(lambda p: sampling.generate(noted, p, jax.random.key(0), iteration=2, slots=8, **how))(prompts(list(texts()), 6)).truncated.block_until_ready()
+    run = tiny.jit(lambda p: sampling.generate(noted, p, jax.random.key(0), iteration=2, slots=8, **how).truncated)
+    run(prompts(list(texts()), 6)).block_until_ready()
     jax.effects_barrier()
     assert len(noted.steps) == 2 * 5
 
