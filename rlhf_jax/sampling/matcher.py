@@ -2,14 +2,16 @@
 
 The texts make one automaton over bytes (Aho and Corasick 1975): a state is the longest beginning of some text that what has been said so far ends
 with. Run over the bytes of every token from every state, it becomes a table of states and tokens that is read once per token inside the compiled
-decode. Tokens that lead to the same states share a column, which leaves few: most tokens of a vocabulary have nothing of the texts in them.
+decode. Tokens that lead to the same states share a column, which leaves few: most tokens of a vocabulary have nothing of the texts in them. Before
+any column is made, tokens are told apart only by what the texts can see of them: bytes of no text are all one, and what lies between two of those
+matters where it holds a whole text.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Array
 
 _BYTES = 256
+CELLS = 1 << 26  # of a table, 4 bytes each
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ def build(texts: Sequence[str], spelling: Sequence[bytes], vocab_size: int, key:
       key: the config key that named the texts, for messages.
 
     Raises:
-      UserError: a text that no row of tokens can contain.
+      UserError: a text that no row of tokens can contain, or texts whose table would take too much memory.
     """
     needles = [text.encode() for text in texts]
     sayable = set().union(*map(set, spelling))
@@ -71,18 +74,36 @@ def build(texts: Sequence[str], spelling: Sequence[bytes], vocab_size: int, key:
         if missing := sorted(set(needle) - sayable):
             letter = bytes(missing[:1])
             raise UserError(f"{key} has {text!r}, which this tokenizer never writes (no token holds the byte {letter!r}): take it out")
-    delta = _automaton(needles)
-    states = len(delta)
-    table = np.repeat(np.arange(states, dtype=np.int32)[:, None], vocab_size, axis=1)
-    lengths = np.zeros(vocab_size, np.int64)
-    lengths[: len(spelling)] = [len(token) for token in spelling]
-    order = np.argsort(-lengths, kind="stable")
-    for at in range(int(lengths.max(initial=0))):
-        live = order[: np.searchsorted(-lengths[order], -at)]  # tokens with more than `at` bytes
-        byte = np.array([spelling[token][at] for token in live])
-        table[:, live] = delta[table[:, live], byte[None, :]]
-    columns, inverse = np.unique(table, axis=1, return_inverse=True)
-    return Matcher(np.ascontiguousarray(columns), inverse.reshape(-1).astype(np.int32))
+    delta, seen = _automaton(needles), _visible(needles)
+    kinds: dict[bytes, list[int]] = collections.defaultdict(list)  # what is visible of a token → the tokens
+    for token in range(vocab_size):
+        kinds[seen(spelling[token]) if token < len(spelling) else b""].append(token)
+    numbers: dict[bytes, int] = {}
+    columns = np.zeros(vocab_size, np.int32)
+    for kind, tokens in kinds.items():
+        column = np.arange(len(delta), dtype=np.int32)
+        for byte in kind:
+            column = delta[column, byte]
+        columns[tokens] = numbers.setdefault(column.tobytes(), len(numbers))
+        if len(numbers) * len(delta) > CELLS:
+            raise UserError(f"{key} has {len(texts)} texts of {sum(map(len, needles))} bytes, whose table for this vocabulary takes more than "
+                            f"{CELLS >> 18} MiB: name fewer, or shorter ones")
+    return Matcher(np.stack([np.frombuffer(column, np.int32) for column in numbers], axis=1), columns)
+
+
+def _visible(needles: Sequence[bytes]) -> Callable[[bytes], bytes]:
+    """A function that leaves of a token's bytes what decides where it leads from every state."""
+    used = set().union(*needles)
+    other = next((byte for byte in range(_BYTES) if byte not in used), None)
+    if other is None:
+        return bytes
+    table, gap = bytes(byte if byte in used else other for byte in range(_BYTES)), bytes([other])
+
+    def seen(token: bytes) -> bytes:
+        first, *between = token.translate(table).split(gap)
+        return gap.join([first, *(part for part in between[:-1] if any(needle in part for needle in needles)), *between[-1:]])
+
+    return seen
 
 
 def _automaton(needles: Sequence[bytes]) -> np.ndarray:

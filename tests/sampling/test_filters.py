@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tracemalloc
 import types
 from typing import Any
 
@@ -246,6 +247,31 @@ def test_stop_strings_that_cannot_be_are_refused(stops: Any, message: str) -> No
     with pytest.raises(UserError, match=r"config\.sampling\.stop_strings") as error:
         filters.build((), stops, tokenizer=BPE, vocab_size=300)
     error.match(message)
+
+
+def test_tokens_that_a_text_cannot_tell_apart_share_their_columns_from_the_start() -> None:
+    """The automaton run over every byte of every token, from every state; and what building the table holds at once, against states × tokens."""
+    rng = np.random.default_rng(0)
+    alphabet = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", np.uint8)
+    pieces = [bytes(alphabet[: 3 if n % 3 else None][rng.integers(0, 3 if n % 3 else 27, rng.integers(1, 8))]) for n in range(6000)]
+    texts = ("abcab", "bb c", "ca" * 100, "z")
+    tracemalloc.start()
+    found = matcher.build(texts, pieces, 6100, "key")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.75 * 4 * 6100 * len(found.table) and found.table.shape[1] < 700
+    delta = matcher._automaton([text.encode() for text in texts])
+    for token in range(6100):
+        state = np.arange(len(delta))
+        for byte in pieces[token] if token < 6000 else b"":
+            state = delta[state, byte]
+        np.testing.assert_array_equal(found.table[:, found.columns[token]], state)
+
+
+def test_texts_whose_table_would_be_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "CELLS", 20)
+    with pytest.raises(UserError, match=r"config\.sampling\.filters has 1 texts of 6 bytes.*name fewer"):
+        matcher.build(("abbaab",), spelled(), 300, "config.sampling.filters")
 
 
 def test_a_text_that_no_token_writes_is_refused() -> None:
