@@ -1,7 +1,8 @@
 """Chat templates: a conversation to text, and which characters of it the assistant says.
 
-A template runs in a process of its own (`template_worker.py`): jinja2's immutable sandbox does not stop `'a' * 10**9` or nested
-loops, so the worker has a memory limit and the caller a clock. `{% generation %}…{% endgeneration %}` marks the assistant's text,
+Templates run in another process (`template_worker.py`), one for all of this process: jinja2's immutable sandbox does not stop
+`'a' * 10**9` or nested loops, so the worker has a memory limit and the caller a clock; what ends it ends it for all, and the next
+rendering begins a new one. `{% generation %}…{% endgeneration %}` marks the assistant's text,
 through marks around the block that are removed after rendering, so it works inside macros and captured blocks as well.
 A template without the block falls back to prefix differences: what a message adds to the conversation before it, without the header
 that `add_generation_prompt` writes and without what follows the end token (a line break; Phi-3's end of document).
@@ -33,6 +34,7 @@ from rlhf_jax.errors import UserError, nearest
 
 Span = tuple[int, int]
 _KEY = "config.data.template"
+TEMPLATES = 64  # of one process; another one takes its place then
 
 
 class ChatTemplate:
@@ -48,8 +50,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, name: str = "template", variables: Mapping[str, Any] | None = None) -> None:
         self.source, self.name, self.shipped = source, name, False
         self.variables = {key: value for key, value in (variables or {}).items() if value is not None}
-        self._worker: _Worker | None = None
-        self._lock = threading.Lock()
+        self._marks_assistant = False  # known once it has rendered
 
     @classmethod
     def load(cls, name: str, *, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
@@ -105,7 +106,7 @@ class ChatTemplate:
           UserError: the template is no jinja, refuses the conversation, exceeds its limits, or its spans cannot be told.
         """
         text, spans = self._marked(messages, add_generation_prompt, tools)
-        if self._worker is not None and self._worker.marks_assistant:
+        if self._marks_assistant:
             return text, [self._without_layout(text, span, end) for span in spans]
         said = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
         return text, [self._difference(messages, i, text, tools, end) for i in said]
@@ -157,14 +158,12 @@ class ChatTemplate:
         return start, stop
 
     def _ask(self, variables: Mapping[str, object]) -> str:
-        with self._lock:
-            try:
-                if self._worker is None or self._worker.dead:
-                    self._worker = _Worker(self.source)
-                return self._worker.ask({"variables": variables})["text"]
-            except _Refused as error:
-                got = f"{self.name!r}: {error}"
-                raise UserError(f"{_KEY} expected a template that renders the conversation, got {got}; correct it") from None
+        try:
+            text, self._marks_assistant = _rendered(self.source, variables)
+        except _Refused as error:
+            got = f"{self.name!r}: {error}"
+            raise UserError(f"{_KEY} expected a template that renders the conversation, got {got}; correct it") from None
+        return text
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -204,19 +203,35 @@ class _Refused(Exception):
 
 
 class _Worker:
-    """One rendering process; it ends with its owner."""
+    """A rendering process; it ends with its owner."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self) -> None:
         command = [sys.executable, "-I", os.path.abspath(template_worker.__file__)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._finalizer = weakref.finalize(self, _end, self._process)
         self._rest = b""
-        self.dead = False
-        try:
-            self.marks_assistant: bool = self.ask({"source": source}, seconds=4 * template_worker.SECONDS)["generation"]  # starts Python
-        except _Refused:
-            self.close()
-            raise
+        self._seconds = 4 * template_worker.SECONDS  # of the first template: it starts Python
+        self._compiled: dict[str, tuple[int, bool]] = {}  # by source: its number, and whether it marks what the assistant says
+        self._closed = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether it has been ended, by this process or another one."""
+        return self._closed or self._process.poll() is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as many templates as one process may."""
+        return len(self._compiled) >= TEMPLATES
+
+    def render(self, source: str, variables: Mapping[str, object]) -> tuple[str, bool]:
+        """The text, and whether the template marks what the assistant says."""
+        if source not in self._compiled:
+            number = len(self._compiled)
+            self._compiled[source] = number, self.ask({"template": number, "source": source}, self._seconds)["generation"]
+            self._seconds = template_worker.SECONDS
+        number, marks = self._compiled[source]
+        return self.ask({"template": number, "variables": variables})["text"], marks
 
     def ask(self, question: Mapping[str, object], seconds: float = template_worker.SECONDS) -> dict:
         try:
@@ -248,8 +263,20 @@ class _Worker:
         return line
 
     def close(self) -> None:
-        self.dead = True
+        self._closed = True
         self._finalizer()
+
+
+_lock = threading.Lock()
+_shared: list[_Worker] = []  # one at most
+
+
+def _rendered(source: str, variables: Mapping[str, object]) -> tuple[str, bool]:
+    """As `_Worker.render`, by the one worker of this process."""
+    with _lock:
+        if not _shared or _shared[0].dead or _shared[0].full:
+            _shared[:] = [_Worker()]
+        return _shared[0].render(source, variables)
 
 
 def _end(process: subprocess.Popen) -> None:

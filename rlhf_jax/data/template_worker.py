@@ -2,8 +2,8 @@
 
 `'a' * 10**9`, a filter with a huge width or nested loops pass jinja2's sandbox; the address-space limit here stops the first two
 and the clock the third. `chat.py` runs this file as a script, so that it imports nothing but jinja2. One JSON object per line each
-way: {"source"} once, answered by {"generation"}: does the template have the block; then {"variables"} per conversation, answered
-by {"text"}. Either may be answered by {"error"}.
+way: {"template": number, "source"} once for each template, answered by {"generation"}: does it have the block; then {"template", "variables"} per
+conversation, answered by {"text"}. Either may be answered by {"error"}. A template has its own environment; none sees another.
 """
 
 from __future__ import annotations
@@ -89,31 +89,31 @@ def _limit() -> None:
         pass  # a platform without the limit keeps the clock and the cap on characters
 
 
-def _answer(function, question: str, compiled: dict) -> bool:
+def _answer(question: str, compiled: dict) -> None:
     try:
         signal.alarm(SECONDS + 1)
-        reply = function(question, compiled)
-        signal.alarm(0)
+        asked = json.loads(question)
+        reply = (_compile if "source" in asked else _render)(asked, compiled)
     except MemoryError:
         reply = {"error": f"it needed more than {MEMORY >> 20} MiB"}
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    finally:
+        signal.alarm(0)
     sys.stdout.write(json.dumps(reply) + "\n")
     sys.stdout.flush()
-    return "error" not in reply
 
 
-def _compile(question: str, compiled: dict) -> dict:
-    source = json.loads(question)["source"]
+def _compile(asked: dict, compiled: dict) -> dict:
     sandbox = environment()
-    compiled["template"] = sandbox.from_string(source)
-    marks = sandbox.parse(source).find_all(nodes.ExtensionAttribute)
+    compiled[asked["template"]] = sandbox.from_string(asked["source"])
+    marks = sandbox.parse(asked["source"]).find_all(nodes.ExtensionAttribute)
     return {"generation": any(mark.identifier == Generation.identifier for mark in marks)}
 
 
-def _render(question: str, compiled: dict) -> dict:
+def _render(asked: dict, compiled: dict) -> dict:
     size, pieces = 0, []
-    for piece in compiled["template"].generate(**json.loads(question)["variables"]):
+    for piece in compiled[asked["template"]].generate(**asked["variables"]):
         size += len(piece)
         if size > CHARACTERS:
             return {"error": f"it wrote more than {CHARACTERS} characters"}
@@ -122,12 +122,11 @@ def _render(question: str, compiled: dict) -> dict:
 
 
 def main() -> None:
-    """Compiles the template named on the first line, then renders one conversation per line until the input closes."""
+    """Compiles a template or renders a conversation per line until the input closes."""
     _limit()
     compiled: dict = {}
-    if _answer(_compile, sys.stdin.readline(), compiled):
-        for question in sys.stdin:
-            _answer(_render, question, compiled)
+    for question in sys.stdin:
+        _answer(question, compiled)
 
 
 if __name__ == "__main__":

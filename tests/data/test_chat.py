@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from rlhf_jax.data import chat
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.errors import UserError
 
@@ -104,6 +105,35 @@ def test_an_endless_template_is_stopped_and_the_next_rendering_works():
         template._marked(TURNS, False)
     assert time.monotonic() - start < 8
     assert template._marked(TURNS[:1], False)[0] == "x"
+
+
+def test_all_templates_share_a_process_and_what_ends_it_ends_no_other_template(monkeypatch):
+    started, original = [], chat.subprocess.Popen
+    monkeypatch.setattr(chat, "_shared", [])
+    monkeypatch.setattr(chat.subprocess, "Popen", lambda *a, **k: started.append(original(*a, **k)) or started[-1])
+    templates = [ChatTemplate(f"{n}{{% generation %}}{{{{ messages[0].content }}}}{{% endgeneration %}}") for n in range(5)]
+    wrong, plain = ChatTemplate("{% if %}"), ChatTemplate(CHATML)
+    for _ in range(2):
+        assert [spoken(template, TURNS[:1]) for template in templates] == [(f"{n}s", ["s"]) for n in range(5)]
+        with pytest.raises(UserError, match="TemplateSyntaxError"):
+            wrong.render(TURNS)
+        assert spoken(plain, TURNS)[1] == ["r<|end|>", "<|end|>"]
+    assert len(started) == 1
+    started[0].kill()
+    started[0].wait()
+    assert templates[3].text(TURNS) == "3s" and len(started) == 2
+    monkeypatch.setattr(chat, "TEMPLATES", 2)
+    assert [template.text(TURNS) for template in templates] == [f"{n}s" for n in range(5)] and len(started) == 4
+    assert [process.poll() is None for process in started] == [False, False, False, True]
+
+
+def test_no_clock_runs_on_behind_a_refusal(monkeypatch):
+    """What refuses is answered at once; the alarm that would have ended it may not end the process under the next template."""
+    compiled, rung = {}, []
+    monkeypatch.setattr(chat.template_worker.signal, "alarm", rung.append)
+    for question in ('{"template": 0, "source": "{% if %}"}', '{"template": 0, "source": "x"}', '{"template": 0, "variables": {}}', "nonsense"):
+        chat.template_worker._answer(question, compiled)
+    assert rung == [chat.template_worker.SECONDS + 1, 0] * 4
 
 
 def test_user_text_cannot_fake_the_marks_or_run_as_a_template():
