@@ -212,7 +212,7 @@ class _Run:
     def _watch(self, values: Mapping[str, float] | None) -> None:
         """Stops the run after too many non-finite updates in a row, or a reward that failed; the values are those of the write before."""
         failed, limit = (values or {}).get("reward/failed", 0.0), self.exp.config["run"]["max_nonfinite"]
-        if failed > 0 and self.exp.config["reward_failure"]["policy"] == "raise":
+        if failed > 0 and self.exp.scored and self.exp.config["reward_failure"]["policy"] == "raise":
             raise UserError(f"config.reward_failure.policy = 'raise': a reward network gave {failed:.3g} of the samples no finite number (they are "
                             "in samples.jsonl); look at the reward model, or choose 'mask' or 'default'; the last checkpoint is intact")
         if values is not None and values.get("optimizer/nonfinite_run", 0.0) >= limit:
