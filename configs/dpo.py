@@ -82,7 +82,11 @@ def get_config(arg: str = "") -> ConfigDict:
         patience=0,  # validations without improvement after which the run stops; 0 = never
     ))
     c.checkpoint = ConfigDict(dict(every=500, keep=2))  # batches; newest kept
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, expert=1, tensor=1, devices=0, multihost=False))  # -1 = what is left; devices 0 = all
+    c.mesh = ConfigDict(dict(  # devices; -1 = what is left
+        data=1, fsdp=-1, expert=1,
+        sequence=1,  # over which the tokens of a row are spread, for long contexts; divides max_length, or prompt_length + max_new_tokens
+        tensor=1, devices=0, multihost=False,  # devices 0 = all
+    ))
     c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name
 
     if arg == "tiny":

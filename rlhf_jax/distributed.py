@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import PyTree
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # what speaks most comes last: its devices are neighbours
 
 
 def initialize(multihost: bool) -> None:
@@ -43,7 +43,7 @@ def host() -> tuple[int, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: int = 0, available: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of axes `data`, `fsdp`, `expert`, `tensor`.
+    """The mesh of axes `data`, `fsdp`, `expert`, `sequence`, `tensor`.
 
     Args:
       sizes: devices along each axis, 1 where it is not named; one of them may be -1, which takes what is left.

@@ -1,7 +1,8 @@
 """Logical axes → shardings, and the one place that jits with a mesh and donation.
 
 One table says which mesh axes carry which logical axis. Parameters are sharded over `fsdp`, `tensor` and (experts) `expert`, rows over `data`, `fsdp`
-and `expert`; optimizer state follows its parameter. Nothing below this file knows a mesh.
+and `expert`, the slots of activations over `sequence`; optimizer state follows its parameter. A batch is placed by rows: its integers are little
+beside the activations, and a device takes those of its slots. Nothing below this file knows a mesh.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rlhf_jax.types import PyTree
 
 RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp", "expert"),
-    "length": None,
+    "length": "sequence",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

@@ -18,22 +18,23 @@ def _uncached():
         yield
 
 
-def sizes(data: int, fsdp: int, tensor: int, expert: int = 1) -> dict[str, int]:
-    return {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+def sizes(data: int, fsdp: int, tensor: int, expert: int = 1, sequence: int = 1) -> dict[str, int]:
+    return {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
 
 
 @pytest.mark.parametrize(
     ("asked", "devices", "shape"),
     [
-        ((8, 1, 1), 0, (8, 1, 1, 1)), ((-1, 1, 1), 0, (8, 1, 1, 1)), ((1, -1, 2), 0, (1, 4, 1, 2)), ((2, 2, -1), 0, (2, 2, 1, 2)),
-        ((1, -1, 1), 4, (1, 4, 1, 1)), ((1, 1, 1), 1, (1, 1, 1, 1)), ((2, 4, -1), 0, (2, 4, 1, 1)), ((1, -1, 2, 2), 0, (1, 2, 2, 2)),
+        ((8, 1, 1), 0, (8, 1, 1, 1, 1)), ((-1, 1, 1), 0, (8, 1, 1, 1, 1)), ((1, -1, 2), 0, (1, 4, 1, 1, 2)), ((2, 2, -1), 0, (2, 2, 1, 1, 2)),
+        ((1, -1, 1), 4, (1, 4, 1, 1, 1)), ((1, 1, 1), 1, (1, 1, 1, 1, 1)), ((2, 4, -1), 0, (2, 4, 1, 1, 1)), ((1, -1, 2, 2), 0, (1, 2, 2, 1, 2)),
+        ((1, -1, 1, 1, 4), 0, (1, 2, 1, 4, 1)),
     ],
 )
 def test_a_mesh_has_the_sizes_asked_for_and_minus_one_takes_what_is_left(asked, devices, shape):
     mesh = distributed.make_mesh(sizes(*asked), devices)
     assert mesh.axis_names == distributed.AXES and mesh.devices.shape == shape
     assert list(mesh.devices.ravel()) == jax.devices()[: devices or 8]
-    assert mesh.axis_types == (AxisType.Auto,) * 4
+    assert mesh.axis_types == (AxisType.Auto,) * 5
 
 
 def test_a_mesh_may_be_made_of_devices_that_are_named():
@@ -47,10 +48,10 @@ def test_a_mesh_may_be_made_of_devices_that_are_named():
 @pytest.mark.parametrize(
     ("asked", "devices", "said"),
     [
-        ((4, 1, 1), 0, r"data=4, fsdp=1, expert=1, tensor=1, which does not match the 8 devices here"),
+        ((4, 1, 1), 0, r"data=4, fsdp=1, expert=1, sequence=1, tensor=1, which does not match the 8 devices here"),
         ((16, 1, 1), 0, r"does not match the 8 devices"),
         ((1, 1, 1), 0, r"does not match the 8 devices"),
-        ((3, -1, 1), 0, r"data=3, fsdp=-1, expert=1, tensor=1, which does not match the 8 devices"),
+        ((3, -1, 1), 0, r"data=3, fsdp=-1, expert=1, sequence=1, tensor=1, which does not match the 8 devices"),
         ((-1, -1, 1), 0, r"at most one is -1"),
         ((0, 8, 1), 0, r"sizes are positive"),
         ((-2, 1, 1), 0, r"sizes are positive"),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rlhf_jax.models import lora, quantise
 from rlhf_jax.models.config import Lora, ModelConfig
 from rlhf_jax.ops import masking
-from rlhf_jax.ops.partition import constrain
+from rlhf_jax.ops.partition import constrain, even
 from rlhf_jax.types import Array
 
 NOISE = 2**31 - 1  # salt of the embeddings' noise
@@ -34,9 +34,9 @@ def logical(init: Any, *names: str | None) -> Any:
 
 
 def pin(x: Array) -> Array:
-    """Keeps the residual stream [B, T, D] sharded over rows only; a no-op without axis rules."""
+    """Keeps the residual stream [B, T, D] sharded over rows, and over slots where the devices divide them; a no-op without axis rules."""
     chex.assert_rank(x, 3)
-    return constrain(x, ("batch",) + (None,) * (x.ndim - 1))
+    return constrain(x, ("batch", even("length", x.shape[1]), None))
 
 
 def along_last(vector: Array, rank: int) -> Array:

@@ -109,7 +109,7 @@ class Experts(nn.Module):
             args = flat(x), flat(weights), flat(experts), gate, up, down, c.activation
             return (mix(*args) if axes is None else _over_experts(*args, axes)).reshape(x.shape)
 
-        rows = ("batch", None, None)
+        rows = ("batch", partition.even("length", x.shape[1]), None)
         return partition.per_device(
             local, (x.astype(dtype), weights, experts, gate, up, down),
             (rows, rows, rows, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None)), rows, ("expert", "mlp"),

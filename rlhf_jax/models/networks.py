@@ -21,8 +21,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import layout, lora, transformer
 from rlhf_jax.models.causal import Rows
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.layers import pin
 from rlhf_jax.models.passes import Passes
-from rlhf_jax.ops import masking, rows, vocab
+from rlhf_jax.ops import masking, partition, rows, vocab
 from rlhf_jax.ops.backends import JOINED_BELOW, UNROLLING, platform
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, Mean, PyTree, Sequences
@@ -274,9 +275,9 @@ def _forward(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array |
 
 
 def _hidden(config: ModelConfig, params: PyTree, seqs: Sequences, keys: Array | None = None, noise: float = 0.0) -> Array:
-    """[B, T, D]; a prompt that neighbours share is computed once."""
+    """[B, T, D]; a prompt that neighbours share is computed once, unless the slots of a row are spread over devices."""
     read = (seqs.tokens, seqs.positions, seqs.segment_ids)
-    if seqs.prefix is not None:
+    if seqs.prefix is not None and partition.size("length") == 1:
         return transformer.forked_trunk(config, params, *read, seqs.prefix)
     return transformer.trunk(config, params, *read, keys, noise)
 
@@ -294,7 +295,7 @@ def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, s
         before, target, extra = _shift(hidden), seqs.tokens, dict(along)
     else:
         pick = lambda x, index: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)  # noqa: E731
-        before, target = pick(hidden, jnp.maximum(at - 1, 0)), pick(seqs.tokens, at)
+        before, target = pin(pick(hidden, jnp.maximum(at - 1, 0))), pick(seqs.tokens, at)
         extra = {name: pick(x, at) for name, x in along.items()}
     values = _chunked(config, params, before, target, extra, functions, temperature)
     if at is not None:
@@ -306,26 +307,41 @@ def _head(config: ModelConfig, params: PyTree, hidden: Array, seqs: Sequences, s
 
 def _chunked(config: ModelConfig, params: PyTree, hidden: Array, target: Array, extra: Mapping[str, Array],
              functions: tuple[VocabFunction, ...], temperature: float) -> dict[str, Array]:
-    """`functions` of the logits, [B, R] each, `logits_chunk` positions at a time and recomputed in the backward pass."""
+    """`functions` of the logits, [B, R] each, `logits_chunk` positions at a time and recomputed in the backward pass. Where positions are spread over
+    devices, a chunk takes as many of each."""
+
+    (batch, length), size = target.shape, config.logits_chunk
+    spread = partition.size("length")
+    spread = 1 if length % spread else spread
     params, split_head = transformer.by_vocabulary(config, params, target.size)
+    slots = "length" if spread > 1 else None
 
     def evaluate(chunk: Any) -> dict[str, Array]:
         h, t, along = chunk
         if split_head:
-            h, t = constrain(h, ("beside_fsdp", None, None)), constrain(t, ("beside_fsdp", None))
+            h, t = constrain(h, ("beside_fsdp", slots, None)), constrain(t, ("beside_fsdp", slots))
         logits = transformer.unembed(config, params, h)
         if split_head:
-            logits = constrain(logits, ("beside_fsdp", None, "vocab_fsdp"))
+            logits = constrain(logits, ("beside_fsdp", slots, "vocab_fsdp"))
         if temperature != 1.0:
             logits = logits / temperature
         out = {f.__name__: f(logits, t, **along) for f in functions}
-        return {name: constrain(x, ("batch", None)) for name, x in out.items()}
+        return {name: constrain(x, ("batch", slots)) for name, x in out.items()}
 
-    length, size = target.shape[1], config.logits_chunk
     if size == 0 or length <= size:
         return evaluate((hidden, target, extra))
-    count = -(-length // size)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    split = lambda x: pad(x).reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    own = length // spread
+    part = min(-(-size // spread), own)  # of a chunk's positions, on one device
+    count = -(-own // part)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(batch, spread, own, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * part - own)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(batch, spread, count, part, *x.shape[3:]), 2, 0).reshape(count, batch, spread * part, *x.shape[3:])
+
+    def joined(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(count, batch, spread, part), 0, 2).reshape(batch, spread, count * part)
+        return x[:, :, :own].reshape(batch, length)
+
     out = jax.lax.map(jax.checkpoint(evaluate), jax.tree.map(split, (hidden, target, dict(extra))))
-    return {name: x.swapaxes(0, 1).reshape(x.shape[1], count * size)[:, :length] for name, x in out.items()}
+    return {name: joined(x) for name, x in out.items()}

@@ -25,7 +25,8 @@ from rlhf_jax.models.cache import empty as empty_cache  # noqa: F401  asked for 
 from rlhf_jax.models.causal import Rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
-from rlhf_jax.ops.partition import constrain, parts
+from rlhf_jax.ops import partition
+from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, PyTree
 
 
@@ -56,8 +57,9 @@ class Ends(nn.Module):
         """Every device looks its features of all tokens up: an all-to-all of activations, in the place of gathering a table that is larger, and of a
         sum of its gradient over all devices."""
         c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        x = constrain(self.embedding, (None, "embed"))[constrain(tokens, ("beside_fsdp", None))].astype(dtype)
-        x = constrain(x, ("beside_fsdp", None, "embed"))
+        slots = partition.even("length", tokens.shape[1])
+        x = constrain(self.embedding, (None, "embed"))[constrain(tokens, ("beside_fsdp", slots))].astype(dtype)
+        x = constrain(x, ("beside_fsdp", slots, "embed"))
         if c.scaled_embedding:
             x = x * jnp.asarray(c.hidden**0.5, dtype)
         if c.position == "learned":
@@ -254,7 +256,7 @@ def by_vocabulary(config: ModelConfig, params: PyTree, positions: int) -> tuple[
       positions: hidden states that one group of such devices reads; more of them than columns, and the matrix is gathered instead.
     """
     chex.assert_rank(params["ends"]["embedding"], 2)
-    if parts("embed") == 1 or config.vocab_size % parts("vocab_fsdp") or positions // parts("beside_fsdp") > config.vocab_size:
+    if partition.size("embed") == 1 or config.vocab_size % partition.size("vocab_fsdp") or positions // partition.size("beside_fsdp") > config.vocab_size:
         return params, False
     name, axes = ("embedding", ("vocab_fsdp", None)) if config.tied else ("lm_head", (None, "vocab_fsdp"))
     return {**params, "ends": {**params["ends"], name: constrain(params["ends"][name], axes)}}, True

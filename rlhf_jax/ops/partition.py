@@ -52,16 +52,6 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(context[0], spec(names)))
 
 
-def parts(name: str) -> int:
-    """Over how many devices a logical axis is split; 1 outside `axis_rules`.
-
-    Args:
-      name: of the rules.
-    """
-    context = _context.get()
-    return 1 if context is None else _size(context[0], context[1][name])
-
-
 Names = tuple[str | None, ...]
 
 
@@ -75,6 +65,11 @@ def spec(names: Names) -> PartitionSpec:
     """Where the axis rules put an array of these logical axes, None = whole."""
     context = _context.get()
     return PartitionSpec(*(None if name is None or context is None else context[1][name] for name in names))
+
+
+def even(name: str, length: int) -> str | None:
+    """The name of a logical axis whose devices divide this length; None where they do not, and the axis stays whole."""
+    return name if length % size(name) == 0 else None
 
 
 def divides(shape: tuple[int, ...], names: Names) -> bool:

@@ -27,7 +27,7 @@ from rlhf_jax.objectives import Objective
 from rlhf_jax.saved import PROVENANCE, Source, chat_template, load_source, place
 from rlhf_jax.train import optimizer as optimizers
 from rlhf_jax.train import reward_networks, schedule
-from rlhf_jax.train.config import INHERIT, fresh_model, trained_rows
+from rlhf_jax.train.config import INHERIT, check_lengths, fresh_model, trained_rows
 from rlhf_jax.train.start import Start
 from rlhf_jax.types import PyTree
 
@@ -243,6 +243,7 @@ def assemble(config: Mapping[str, Any], objective: Objective, site: Site = HERE)
     schedule.check_length(config, steps)
 
     mesh = site.mesh or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
+    check_lengths(config, mesh.shape["sequence"])
     per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "

@@ -75,7 +75,7 @@ SCHEMA: dict[str, Any] = {
         "rank": COUNT, "alpha": Number(float, 0.0, above=True), "targets": str, "dropout": Number(float, 0.0, 1.0 - 1e-9), "rslora": bool,
         "dora": bool, "base": ("same", "bfloat16", "int8", "nf4"),
     },
-    "mesh": {"data": int, "fsdp": int, "expert": int, "tensor": int, "devices": COUNT, "multihost": bool},
+    "mesh": {"data": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int, "devices": COUNT, "multihost": bool},
     "log": {"every": NATURAL, "samples": COUNT, "tensorboard": bool, "wandb": str},
 }
 ONLINE: dict[str, Any] = {
@@ -241,6 +241,28 @@ def trained_rows(config: Mapping[str, Any], objective: objectives.Objective) -> 
       objective: bound.
     """
     return config["run"]["batch_size"] // (2 if "pairs" in objective.needs else 1)
+
+
+def check_lengths(c: Mapping[str, Any], spread: int) -> None:
+    """Whether the devices of config.mesh.sequence divide the rows that train.
+
+    Args:
+      c: checked.
+      spread: those devices.
+
+    Raises:
+      UserError: they do not.
+    """
+    if c["data"]["kind"] == "prompt":
+        new = "config.env.max_tokens" if c["env"]["name"] else "config.sampling.max_new_tokens"
+        section, key = new.split(".")[1:]
+        lengths = {f"config.data.prompt_length + {new}": c["data"]["prompt_length"] + c[section][key]}
+    else:
+        lengths = {"config.data.max_length": c["data"]["max_length"]}
+    lengths |= {"config.ptx.max_length": c["ptx"]["max_length"]} if "ptx" in c else {}
+    for key, length in lengths.items():
+        if length % spread:
+            raise UserError(f"{key} = {length} is no multiple of config.mesh.sequence = {spread}, the devices over which a row is spread: choose one")
 
 
 def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.Objective, online: bool) -> None:

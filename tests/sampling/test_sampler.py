@@ -158,7 +158,7 @@ def test_a_row_draws_the_same_alone_and_among_sixteen_and_with_more_padding(seed
     np.testing.assert_array_equal(backwards[::-1], together)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), pytest.param((1, 2, 1, 2, 2), marks=pytest.mark.slow)])
 def test_eight_devices_draw_what_one_draws(sizes):
     with tiny.uncached():  # make_mesh switches the cache off for good
         mesh = distributed.make_mesh(dict(zip(distributed.AXES, sizes)))

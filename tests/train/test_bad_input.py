@@ -94,6 +94,8 @@ CONFIG_MISTAKES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "mesh too small": ("sft", {"mesh.devices": 2}, ("config.mesh", "2 devices")),
     "mesh too large": ("sft", {"mesh.devices": 99}, ("config.mesh.devices", "99", "8")),
     "mesh twice what is left": ("sft", {"mesh.data": -1, "mesh.fsdp": -1}, ("config.mesh", "-1")),
+    "rows and their devices": ("sft", {"mesh.sequence": 3, "mesh.devices": 3}, ("config.data.max_length = 64", "config.mesh.sequence = 3")),
+    "rollouts and their devices": ("grpo", {"mesh.sequence": 5, "mesh.devices": 5}, ("config.sampling.max_new_tokens = 56", "sequence = 5")),
     "mesh and model": ("sft", {"mesh.tensor": 3, "mesh.devices": 3}, ("config.mesh.tensor", "3", "divide")),
     "vocabulary": ("sft", {"model.vocab_size": 100}, ("config.model.vocab_size", "100", "262")),
     "row longer than the context": ("sft", {"data.max_length": 256}, ("config.data.max_length", "256", "config.model.context")),
