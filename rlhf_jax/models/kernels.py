@@ -21,7 +21,7 @@ from rlhf_jax.types import Array
 LANES = 128  # of a TPU's vector unit: slots come in multiples of it
 TILES = (512, 384, 256, 128)  # slots of a block of splash attention: the largest that divides a row
 HEAD, MASKED = 128, 4096  # the widest head on every GPU that has cuDNN's kernel; slots of a row whose segment mask, T² numbers, cuDNN is given
-QUERIES, KEYS, SLOTS = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None), ("batch", None)
+QUERIES, KEYS = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
 
 
 def splash_takes(query: Array) -> bool:
@@ -51,7 +51,8 @@ def splash(query: Array, key: Array, value: Array, segment_ids: Array, *, scale:
     chex.assert_rank([query, key, value, segment_ids], [4, 4, 4, 2])
     from jax.experimental.pallas.ops.tpu import splash_attention  # takes a moment to import, on a TPU alone
 
-    length, spread = query.shape[1], partition.size("length")
+    mesh, spec, length, spread = partition.mesh(), partition.spec, query.shape[1], partition.size("length")
+    along = None if mesh is None else spec(("length",))[0]
     unit = LANES * spread
     padded = -(-length // unit) * unit
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
@@ -60,18 +61,18 @@ def splash(query: Array, key: Array, value: Array, segment_ids: Array, *, scale:
 
     def local(kernel: Any, q: Array, k: Array, v: Array, own: Array, all_ids: Array) -> Array:
         head_first = lambda x: x.swapaxes(1, 2)  # noqa: E731
+        if spread > 1:
+            k, v = (jax.lax.all_gather(x, along, axis=1, tiled=True) for x in (k, v))
         scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
         row = lambda q, k, v, own, ids: kernel(q, k, v, splash_attention.SegmentIds(q=own, kv=ids))  # noqa: E731
         out: Array = jax.vmap(row)(head_first(scaled), head_first(k), head_first(v), own, all_ids)
         return head_first(out).astype(q.dtype)
 
     args = pad(query), pad(key), pad(value), pad(segment_ids), pad(segment_ids)
-    mesh = partition.mesh()
     if mesh is None:
         return local(kernel, *args)[:, :length]
-    spec = partition.spec
-    tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, *spec(("length",)))))
-    specs = (tables, *map(spec, (QUERIES, KEYS, KEYS, ("batch", "length"), SLOTS)))
+    tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, along)))
+    specs = (tables, *map(spec, (QUERIES, KEYS, KEYS, ("batch", "length"), ("batch", None))))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec(QUERIES), check_vma=False)(kernel, *args)[:, :length]
 
 
