@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.data import prepare as preparation  # the name `prepare` stays the module's
-from rlhf_jax.data.batches import ComparisonData, Dataset, PromptData, SequenceData, check_batching
+from rlhf_jax.data.batches import ComparisonData, Dataset, Host, PromptData, SequenceData, check_batching
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.judged import FeedbackData, LabelledData
 from rlhf_jax.data.prefetch import Prefetcher
@@ -39,7 +39,7 @@ def open_dataset(
     batch_size: int,
     group_size: int = 1,
     cache: str | os.PathLike[str],
-    host: tuple[int, int] = (0, 1),
+    host: Host = (0, 1),
 ) -> Dataset[Any]:
     """Prepares `path` (once; later calls find it in `cache`) and opens it.
 
@@ -55,7 +55,7 @@ def open_dataset(
       batch_size: rows of a global batch.
       group_size: rows per prompt; for prompts only.
       cache: folder of prepared sets.
-      host: (index, count) of this process.
+      host: which rows of every batch this process makes, (index, count), or (indices, count).
 
     Raises:
       UserError: a malformed row (file:line and field) or an option that does not fit.

@@ -1,8 +1,8 @@
 """Batches as an index function: batch s depends on (seed, s) only, on any number of hosts (law 7).
 
 A data set is an endless sequence of epochs, each a permutation (or a packing plan) of all rows; batch s is slots [s·B, (s+1)·B) of that
-sequence, so it may straddle epochs while every epoch stays exact. Host i of n makes rows [i·B/n, (i+1)·B/n) of it. Shapes are fixed
-for the whole run: T or P by config, R (`loss_positions`) by the longest row. Leaves are NumPy; nothing here runs on a device.
+sequence, so it may straddle epochs while every epoch stays exact. Host i of n makes rows [i·B/n, (i+1)·B/n) of it, or several such blocks, as its
+devices lie in the mesh. Shapes are fixed for the whole run: T or P by config, R (`loss_positions`) by the longest row. Leaves are NumPy; nothing here runs on a device.
 A packed epoch holds as many packs as its plan needs, so finding batch s once costs the plans of the epochs before it; they are cached.
 """
 
@@ -28,16 +28,17 @@ Batch = TypeVar("Batch")
 _EPOCHS_KEPT = 4
 _SHORTEST = 16  # tokens; of rows that are trimmed
 EMPTY = np.zeros(0, np.int64)  # the pack of a filler row
+Host = tuple[int | tuple[int, ...], int]  # (index, count): this process makes block `index` of `count` equal ones of every batch, or those named
 Segment = tuple[np.ndarray, ...]  # tokens, loss mask and, where they are cached, the reference's log-probs, [length] each
 
 
-def check_batching(batch_size: int, host: tuple[int, int] = (0, 1), group_size: int = 1) -> None:
+def check_batching(batch_size: int, host: Host = (0, 1), group_size: int = 1) -> None:
     """Refuses sizes that do not divide, before anything expensive.
 
     Raises:
       UserError: batch_size or group_size is not positive, or batch_size is no multiple of the hosts or of group_size.
     """
-    index, count = host
+    blocks, count = _blocks(host)
     for key, value in (("run.batch_size", batch_size), ("sampling.group_size", group_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"config.{key} expected a positive whole number, got {value!r}; raise it")
@@ -45,8 +46,13 @@ def check_batching(batch_size: int, host: tuple[int, int] = (0, 1), group_size: 
         if batch_size % divisor:
             remedy = f"choose a multiple of {divisor}"
             raise UserError(f"config.run.batch_size expected a multiple of the {divisor} {what}, got {batch_size}; {remedy}")
-    if not 0 <= index < count:
-        raise ValueError(f"host {index} of {count}")
+    if not blocks or not all(0 <= block < count for block in blocks):
+        raise ValueError(f"host {host[0]} of {count}")
+
+
+def _blocks(host: Host) -> tuple[tuple[int, ...], int]:
+    index, count = host
+    return (index,) if isinstance(index, int) else tuple(index), count
 
 
 class Dataset(abc.ABC, Generic[Batch]):
@@ -55,14 +61,14 @@ class Dataset(abc.ABC, Generic[Batch]):
     Args:
       prepared: the rows.
       batch_size: rows of a global batch, B.
-      host: (index, count) of this process.
+      host: which rows of every batch this process makes.
       pad_id: the token written on padding; any id, padding is told by `segment_ids`.
 
     Raises:
       UserError: batch_size is not positive or does not divide over the hosts.
     """
 
-    def __init__(self, prepared: Prepared, *, batch_size: int, host: tuple[int, int] = (0, 1), pad_id: int) -> None:
+    def __init__(self, prepared: Prepared, *, batch_size: int, host: Host = (0, 1), pad_id: int) -> None:
         check_batching(batch_size, host)
         self.prepared, self.batch_size, self.host, self.pad_id = prepared, batch_size, host, pad_id
         self._plans: dict[tuple[int, int], Plan] = {}
@@ -132,9 +138,13 @@ class Dataset(abc.ABC, Generic[Batch]):
     def _build(self, packs: Sequence[np.ndarray]) -> Batch: ...
 
     def _slice(self, packs: list[np.ndarray]) -> list[np.ndarray]:
-        index, count = self.host
-        local = len(packs) // count
-        return packs[index * local : (index + 1) * local]
+        return [packs[i] for i in self._mine(len(packs))]
+
+    def _mine(self, rows: int) -> np.ndarray:
+        """Which of a global batch's rows are this host's, in order."""
+        blocks, count = _blocks(self.host)
+        size = rows // count
+        return np.concatenate([np.arange(block * size, (block + 1) * size) for block in blocks])
 
     def _packs(self, slots: range, seed: int) -> list[np.ndarray]:
         found: list[np.ndarray] = []
@@ -299,8 +309,7 @@ class PromptData(Dataset[Prompts]):
         earlier = np.array([(ids[:i] == id_).sum() if id_ >= 0 else 0 for i, id_ in enumerate(ids)], np.int32)
         group = np.arange(self.group_size, dtype=np.int32)
         samples = np.where(ids[:, None] >= 0, earlier[:, None] * self.group_size + group, 0).astype(np.int32).reshape(-1)
-        index, count = self.host
-        mine = slice(index * self.batch_size // count, (index + 1) * self.batch_size // count)
+        mine = self._mine(self.batch_size)
         prompt_ids = np.repeat(ids, self.group_size)[mine]
         tokens, positions, segments = _left_padded(
             [self.prepared[int(i)]["tokens"] if i >= 0 else EMPTY for i in prompt_ids], self.prompt_length, self.pad_id

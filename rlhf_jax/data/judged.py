@@ -30,8 +30,7 @@ class FeedbackData(PaddedData[Unpaired]):
 
     def _build(self, packs: Sequence[np.ndarray]) -> Unpaired:
         ids = [int(pack_[0]) for pack_ in packs if len(pack_)]  # real rows come first
-        index, count = self.host
-        mine = range(index * len(packs) // count, (index + 1) * len(packs) // count)
+        mine = self._mine(len(packs))
         rows = self._rows([packs[i] for i in mine])
         others = [self.prepared[ids[(i + 1) % len(ids)]] if i < len(ids) else None for i in mine]
         own = [[segment(row)] if row else [] for row in rows]

@@ -97,6 +97,14 @@ def test_hosts_unite_in_evaluation(made, kind, options):
     assert all(same(w, jax.tree.map(lambda *x: np.concatenate(x), *p)) for w, p in zip(whole, zip(*parts)))
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_host_may_hold_blocks_that_lie_apart(made, kind, options):
+    """As where neighbouring chips of a torus are not neighbours on the mesh."""
+    quarters = [made(kind, host=(i, 4), **options).batch(3, 1) for i in range(4)]
+    apart = made(kind, host=((0, 2), 4), **options).batch(3, 1)
+    assert same(apart, jax.tree.map(lambda *x: np.concatenate(x), quarters[0], quarters[2]))
+
+
 @pytest.mark.parametrize("kind", ["demo", "text"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_epoch_holds_every_row_once(made, kind, packed, tok):
