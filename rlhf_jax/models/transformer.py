@@ -256,7 +256,8 @@ def by_vocabulary(config: ModelConfig, params: PyTree, positions: int) -> tuple[
       positions: hidden states that one group of such devices reads; more of them than columns, and the matrix is gathered instead.
     """
     chex.assert_rank(params["ends"]["embedding"], 2)
-    if partition.size("embed") == 1 or config.vocab_size % partition.size("vocab_fsdp") or positions // partition.size("beside_fsdp") > config.vocab_size:
+    read = positions // partition.size("beside_fsdp")
+    if partition.size("embed") == 1 or config.vocab_size % partition.size("vocab_fsdp") or read > config.vocab_size:
         return params, False
     name, axes = ("embedding", ("vocab_fsdp", None)) if config.tied else ("lm_head", (None, "vocab_fsdp"))
     return {**params, "ends": {**params["ends"], name: constrain(params["ends"][name], axes)}}, True
