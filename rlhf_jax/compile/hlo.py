@@ -197,16 +197,17 @@ def _calls(lines: Sequence[str], bodies: Mapping[str, Sequence[str]]) -> Iterato
 def _trips(condition: Sequence[str], bodies: Mapping[str, Sequence[str]]) -> int:
     """The constant that a loop's index stays below; the largest where there are several; 1 where there is none."""
     lines = [*condition, *itertools.chain.from_iterable(bodies.get(name, ()) for line in condition for name in _CALLED.findall(line))]
-    limits = [int(n) for line in lines for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)]
+    limits = [int(n) for line in lines for n in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", line)]
     return max(limits, default=1) or 1
 
 
 def _operand_bytes(line: str, at: int, kind: str, groups: np.ndarray) -> int:
-    """Bytes of the larger side. The result's shapes stand before the name; of an asynchronous start the last half of the tuple is the result."""
+    """Bytes of the larger side. The result's shapes stand before the name; an asynchronous start's
+    are a tuple."""
     match = _INSTRUCTION.match(line)
     shapes = [_size(*shape) for shape in _SHAPE.findall(line[match.start(2) if match else 0 : at])]
-    if line[at:].startswith(f" {kind}-start(") and len(shapes) > 1:
-        shapes = shapes[len(shapes) // 2 :] if kind in ("all-gather", "collective-permute") else shapes
+    if line[at:].startswith(f" {kind}-start(") and kind in ("all-gather", "collective-permute"):
+        shapes = [max(shapes)]  # of a tuple with its operand and what it waits by
     total = sum(shapes)
     return int(total * len(groups[0]) if kind == "reduce-scatter" else total)
 

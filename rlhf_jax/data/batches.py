@@ -2,7 +2,8 @@
 
 A data set is an endless sequence of epochs, each a permutation (or a packing plan) of all rows; batch s is slots [s·B, (s+1)·B) of that
 sequence, so it may straddle epochs while every epoch stays exact. Host i of n makes rows [i·B/n, (i+1)·B/n) of it, or several such blocks, as its
-devices lie in the mesh. Shapes are fixed for the whole run: T or P by config, R (`loss_positions`) by the longest row. Leaves are NumPy; nothing here runs on a device.
+devices lie in the mesh. Shapes are fixed for the whole run: T or P by config, R (`loss_positions`) by the longest row. Leaves are NumPy; nothing
+here runs on a device.
 A packed epoch holds as many packs as its plan needs, so finding batch s once costs the plans of the epochs before it; they are cached.
 """
 

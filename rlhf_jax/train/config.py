@@ -282,8 +282,6 @@ def _check_run(c: Mapping[str, Any], model: ModelConfig, objective: objectives.O
         raise UserError("config.network = 'reward': a reward model trains on judged responses, not on prompts")
     if c["validation"]["every"] and not data["valid"]:
         raise UserError("config.validation.every is set but config.data.valid is empty: name a validation file, or set every = 0")
-    if c["tokenizer"]["kind"] == "inherit" and not c["init_from"]:
-        raise UserError("config.tokenizer.kind = 'inherit' needs config.init_from, whose tokenizer it takes")
     if not online:
         if data["max_length"] > model.context:
             raise UserError(f"config.data.max_length = {data['max_length']} exceeds config.model.context = {model.context}")
@@ -371,6 +369,8 @@ def _check_needs(c: Mapping[str, Any], objective: objectives.Objective, online: 
 
 
 def _check_files(c: Mapping[str, Any]) -> None:
+    if c["tokenizer"]["kind"] == "inherit" and not c["init_from"]:
+        raise UserError("config.tokenizer.kind = 'inherit' needs config.init_from, whose tokenizer it takes")
     if c["tokenizer"]["kind"] == "file" and not os.path.exists(c["tokenizer"]["path"]):
         raise UserError(f"config.tokenizer.path = {c['tokenizer']['path']!r}: no such file; name a tokenizer.json")
     files = {"data.train": c["data"]["train"], "data.valid": c["data"]["valid"]} | ({"ptx.train": c["ptx"]["train"]} if "ptx" in c else {})
