@@ -11,7 +11,7 @@ Imports point downward only. Rooms of one level do not import each other; module
     | 0     | errors files                  leaves: they import nothing of ours                                                 |
     | 1     | types runlog                  runlog: the lines of metrics.jsonl                                                  |
     | 2     | ops                                                                                                               |
-    | 3     | manifest                      the digests of a saved tree; below its one user, checkpoint                         |
+    | 3     | manifest dotted               the digests of a saved tree; what a config names by a dotted path                   |
     | 4     | objectives models data sharding distributed checkpoint endpoint                                                   |
     | 5     | saved sampling rewards envs   saved: a checkpoint with its model's config and its tokenizer                       |
     | 6     | eval                                                                                                              |
@@ -33,7 +33,7 @@ LEVELS = (
     ("errors", "files"),
     ("types", "runlog"),
     ("ops",),
-    ("manifest",),
+    ("manifest", "dotted"),
     ("objectives", "models", "data", "sharding", "distributed", "checkpoint", "endpoint"),
     ("saved", "sampling", "rewards", "envs"),
     ("eval",),

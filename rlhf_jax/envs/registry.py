@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_jax.dotted import imported, same_type
 from rlhf_jax.envs.calculator import Calculator
 from rlhf_jax.envs.guess import Guess
 from rlhf_jax.envs.protocol import Environment
@@ -27,7 +27,7 @@ def load(name: str, parameters: Mapping[str, Any], key: str = "config.env") -> E
     Raises:
       UserError: no such environment, unknown or senseless parameters, or an object that lacks part of the protocol.
     """
-    make = NAMES.get(name) or _imported(name, f"{key}.name")
+    make = NAMES.get(name) or _own(name, f"{key}.name")
     _check_parameters(make, parameters, f"{key}.parameters")
     try:
         made = make(**parameters)
@@ -39,20 +39,13 @@ def load(name: str, parameters: Mapping[str, Any], key: str = "config.env") -> E
     return made
 
 
-def _imported(dotted: str, key: str) -> Callable[..., Any]:
-    module_name, _, name = dotted.replace(":", ".").rpartition(".")
-    if not module_name or not name:
-        raise UserError(f"{key} = {dotted!r} is no environment{nearest(dotted, NAMES)}; or name your own as module.Class")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{key} = {dotted!r}: no module {error.name!r}; check PYTHONPATH") from None
-    except Exception as error:
-        raise UserError(f"{key} = {dotted!r}: its module raises {type(error).__name__}: {error}; correct it") from error
-    if not callable(getattr(module, name, None)):
-        callables = [member for member, value in vars(module).items() if callable(value) and not member.startswith("_")]
-        raise UserError(f"{key} = {dotted!r}: {module_name} has no class or function {name!r}{nearest(name, callables)}")
-    return getattr(module, name)
+def _own(name: str, key: str) -> Callable[..., Any]:
+    if "." not in name.replace(":", "."):
+        raise UserError(f"{key} = {name!r} is no environment{nearest(name, NAMES)}; or name your own as module.Class")
+    found = imported(name, key, "class or function", "my_envs.Countdown")
+    if not callable(found):
+        raise UserError(f"{key} = {name!r} is no class or function: name what makes an environment")
+    return found  # type: ignore[no-any-return]
 
 
 def _check_parameters(make: Callable[..., Any], parameters: Mapping[str, Any], key: str) -> None:
@@ -66,12 +59,7 @@ def _check_parameters(make: Callable[..., Any], parameters: Mapping[str, Any], k
     for name, value in parameters.items():
         if name not in known:
             raise UserError(f"{key}.{name} is not a parameter of this environment{nearest(name, known)}")
-        default = known[name].default
-        if default is inspect.Parameter.empty or default is None:
-            continue
-        kinds: tuple[type, ...] = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise UserError(f"{key}.{name} = {value!r}: must be a {type(default).__name__}, like {default!r}")
+        same_type(f"{key}.{name}", value, known[name].default)
     if lacks := [name for name, parameter in known.items() if parameter.default is parameter.empty
                  and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in parameters]:
         raise UserError(f"{key} lacks {', '.join(lacks)}: this environment needs it")

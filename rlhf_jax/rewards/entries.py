@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlhf_jax.dotted import same_type
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.rewards import judge, rules
 from rlhf_jax.rewards.combine import Share
@@ -90,7 +91,7 @@ def _tried(function: Callable[..., Any], key: str, parameters: Mapping[str, Any]
     for name, value in parameters.items():
         if name not in keywords:
             raise UserError(f"{key}.{name} is not a parameter of this reward{nearest(name, {*keywords, *COMMON})}")
-        _same_type(f"{key}.{name}", value, keywords[name].default)
+        same_type(f"{key}.{name}", value, keywords[name].default)
     if missing := [name for name, keyword in keywords.items() if keyword.default is keyword.empty and name not in parameters]:
         raise UserError(f"{key} lacks {', '.join(missing)}: this reward needs it")
     try:
@@ -101,16 +102,6 @@ def _tried(function: Callable[..., Any], key: str, parameters: Mapping[str, Any]
 
 def _frozen(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-
-
-def _same_type(key: str, value: Any, default: Any) -> None:
-    """A parameter is of its default's type, an int where a float is meant and a list where a tuple is let through."""
-    if default is inspect.Parameter.empty or default is None:
-        return
-    kinds: tuple[type, ...] = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
-    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
-    if not fits or (isinstance(value, float) and math.isnan(value)):
-        raise UserError(f"{key} = {value!r}: must be a {type(default).__name__}, like {default!r}")
 
 
 def parse(rewards: Any, key: str = "config.rewards") -> tuple[Entry, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,8 @@ import numpy as np
 
 from rlhf_jax.data.encode import Encoder
 from rlhf_jax.data.records import Message
-from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.dotted import imported
+from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.deadline import call_within
 from rlhf_jax.types import Array, Sequences
 
@@ -45,22 +45,7 @@ def load_reward_fn(dotted: str, key: str = "config.reward_fn", parameters: Mappi
     Raises:
       UserError: no such module or attribute, an error on import, not callable, or not callable with three arguments.
     """
-    module_name, _, name = dotted.replace(":", ".").rpartition(".") if isinstance(dotted, str) else ("", "", "")
-    if not module_name or not name:
-        raise UserError(f"{key} expected a dotted path to a function, such as 'my_rewards.length', got {dotted!r}; write module.function")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or ""
-        if isinstance(error, ModuleNotFoundError) and (module_name == missing or module_name.startswith(f"{missing}.")):
-            raise UserError(f"{key} expected an importable module, got {dotted!r} (no module {missing!r}); check PYTHONPATH") from None
-        raise UserError(f"{key} got {dotted!r}, whose module does not import ({error}); correct it") from error
-    except Exception as error:
-        raise UserError(f"{key} got {dotted!r}, whose module raises {type(error).__name__}: {error}; correct it") from error
-    if not hasattr(module, name):
-        functions = [member for member, value in vars(module).items() if callable(value) and not member.startswith("_")]
-        raise UserError(f"{key} expected a function of {module_name}, got {name!r}{nearest(name, functions)}")
-    function = getattr(module, name)
+    function = imported(dotted, key, "function", "my_rewards.length")
     keywords = dict(parameters or {})
     if not callable(function) or not _takes_three(function, keywords):
         also = f" with {', '.join(keywords)}" if keywords else ""
