@@ -37,7 +37,7 @@ SLACK = max(*WIDTHS, STEPS)  # slots behind the context, into which padding may 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn; as in sampling.draw."""
+    """How answers are drawn; as in sampling.pick."""
 
     temperature: float = 1.0
     top_k: int = 0

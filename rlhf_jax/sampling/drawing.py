@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.ops import categorical, logit_filters, vocab
-from rlhf_jax.sampling import filters as composed
 from rlhf_jax.sampling.filters import Filters, State
 from rlhf_jax.types import Array, Purpose
 
@@ -40,32 +39,16 @@ def row_keys(key: Array, iteration: Array | int, prompt_ids: Array, sample_ids: 
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(run, p), s))(prompt_ids, sample_ids)
 
 
-def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
-    """One token per row, and its log-prob under the distribution drawn from, filters included.
-
-    Args:
-      logits: [B, V] float32.
-      keys: [B] typed keys.
-      temperature: divides the logits; 0 takes the likeliest token, whose log-prob under that point mass is 0.
-      top_k: keep the k likeliest; 0 keeps all.
-      top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
-
-    Returns:
-      tokens [B] int32, log-probs [B] float32 nats.
-    """
-    chex.assert_rank([logits, keys], [2, 1])
-    picked, _ = pick(logits, keys, State(), temperature=temperature, top_k=top_k, top_p=top_p, filters=composed.NONE)
-    return picked.token, picked.logp
-
-
 def pick(logits: Array, keys: Array, state: State, *, temperature: float, top_k: int, top_p: float, filters: Filters) -> tuple[Pick, State]:
-    """`draw` with a list of filters: its edits, temperature, top-k, top-p, its cuts.
+    """One token per row: of the logits after the filters' edits, temperature, top-k, top-p and the filters' cuts.
 
     Args:
       logits: [B, V] float32.
       keys: [B] typed keys.
       state: of the filters, before this token; `filters.observe` moves it on.
-      temperature, top_k, top_p: as in `draw`.
+      temperature: divides the logits; 0 takes the likeliest token, whose log-prob under that point mass is 0.
+      top_k: keep the k likeliest; 0 keeps all.
+      top_p: keep the smallest set of likeliest tokens that holds this mass; 1 keeps all.
       filters: as composed from the config.
 
     Returns:
@@ -102,7 +85,7 @@ def emit(logits: Array, keys: Array, done: Array, state: State, *, temperature: 
       keys: [B] typed keys.
       done: [B] bool.
       state: of the filters, before this token.
-      temperature, top_k, top_p: as in `draw`.
+      temperature, top_k, top_p: as in `pick`.
       stop_ids: tokens that end a row.
       pad_id: what a row that is done emits.
       filters: as composed from the config.

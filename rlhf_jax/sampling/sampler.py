@@ -35,7 +35,7 @@ def generate(
       key: [] typed key of the run.
       iteration: [] int32, folded into every row's key, and the rollout's `version`.
       max_new_tokens: N, tokens; a row that has not stopped by then is `truncated`.
-      temperature, top_k, top_p: as in `draw`.
+      temperature, top_k, top_p: as in `pick`.
       stop_ids: tokens that end a row; the stop token itself is kept and trained on.
       pad_id: what fills the slots after the end; it may equal a stop token, since padding is known by its segment id.
       filters: further filters, and the stop strings; the token that completes one ends the row as a stop token does.

@@ -21,12 +21,11 @@ from rlhf_jax.rewards import learned
 from rlhf_jax.types import Array, Mean, Prompts, PyTree, Rollout, TrainState
 
 Stage = Callable[..., Any]
-NO_FILTERS = sampling.Filters()
 
 
 def make_rollout(
     spec: NetworkSpec, options: Mapping[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, opponent: Callable[[Networks], Any] | None = None,
-    filters: sampling.Filters = NO_FILTERS, group_size: int = 1, forked: bool = True,
+    filters: sampling.Filters = sampling.NONE, group_size: int = 1, forked: bool = True,
 ) -> Stage:
     """`(params, frozen, prompts, key, iteration) -> Rollout`, one completion per row, beside the second data set's rows that came with the prompts.
 

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf_jax import distributed, sampling, sharding
 from rlhf_jax.models import transformer
+from rlhf_jax.sampling.filters import State
 from rlhf_jax.types import Prompts
 from tests.models import tiny
 
@@ -265,6 +266,12 @@ def test_filler_rows_stay_empty_and_disturb_nobody():
 LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -1.0, -np.inf, 0.3], np.float32)
 
 
+def draw(logits, keys, *, temperature=1.0, top_k=0, top_p=1.0):
+    """Without filters of a list: tokens and log-probs."""
+    picked, _ = sampling.pick(logits, keys, State(), temperature=temperature, top_k=top_k, top_p=top_p, filters=sampling.NONE)
+    return picked.token, picked.logp
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.6), (1.5, 4, 0.85), (1.0, 1, 1.0)],
@@ -274,7 +281,7 @@ def test_frequencies_are_the_filtered_probabilities(temperature, top_k, top_p):
     draws = 40_000
     keys = jax.random.split(jax.random.key(11), draws)
     logits = jnp.broadcast_to(LOGITS, (draws, len(LOGITS)))
-    tokens, logps = tiny.jit(functools.partial(sampling.draw, temperature=temperature, top_k=top_k, top_p=top_p))(logits, keys)
+    tokens, logps = tiny.jit(functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p))(logits, keys)
     exact = distribution(LOGITS, temperature, top_k, top_p)
     counts = np.bincount(tokens, minlength=len(LOGITS))
     assert not counts[exact == 0].any()
@@ -290,21 +297,20 @@ def test_a_banned_token_is_never_drawn_however_unlikely_the_legal_ones():
     """Banned at both ends and between; an inverse-CDF draw would fall on one of them where u is 0 or rounds to 1."""
     logits = jnp.asarray([-jnp.inf, -200.0, -jnp.inf, -218.0, -jnp.inf], jnp.float32)
     draws = 200_000
-    draw = tiny.jit(functools.partial(sampling.draw, temperature=1.0, top_k=0, top_p=1.0))
-    tokens, logps = draw(jnp.broadcast_to(logits, (draws, 5)), jax.random.split(jax.random.key(2), draws))
+    run = tiny.jit(draw)
+    tokens, logps = run(jnp.broadcast_to(logits, (draws, 5)), jax.random.split(jax.random.key(2), draws))
     assert set(np.unique(tokens)) <= {1, 3} and np.isfinite(logps).all()
-    only, _ = draw(jnp.broadcast_to(logits.at[1].set(-jnp.inf), (64, 5)), jax.random.split(jax.random.key(2), 64))
+    only, _ = run(jnp.broadcast_to(logits.at[1].set(-jnp.inf), (64, 5)), jax.random.split(jax.random.key(2), 64))
     assert (np.asarray(only) == 3).all()
 
 
 def test_wrong_shapes_are_refused():
     keys = jax.random.split(jax.random.key(0), 2)
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     batch = prompts([texts()[0], texts()[1]], 6)
     bad = [
-        lambda: sampling.draw(jnp.zeros(5), keys, **settings),
-        lambda: sampling.draw(jnp.zeros((2, 3, 5)), keys, **settings),
-        lambda: sampling.draw(jnp.zeros((2, 5)), keys[0], **settings),
+        lambda: draw(jnp.zeros(5), keys),
+        lambda: draw(jnp.zeros((2, 3, 5)), keys),
+        lambda: draw(jnp.zeros((2, 5)), keys[0]),
         lambda: sampling.row_keys(keys[0], 0, jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32)),
         lambda: sampling.row_keys(keys[0], 0, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32)),
         lambda: sampling.generate(tiny.nets(BASE), batch.replace(tokens=batch.tokens[0]), keys[0], iteration=0, **SETTINGS),
