@@ -172,7 +172,7 @@ class Task:
     def evaluate(self, stage: str, split: str, step: int | None = None) -> compare.Evaluation:
         return compare.evaluate(
             self.policy(stage, step), self.policy("sft"), self.prompts(split, 1), self.prompts(split, SAMPLES_PER_PROMPT), self.gold,
-            max_new_tokens=NEW_TOKENS[self.name], temperature=1.0, seed=self.seed + 2,
+            max_new_tokens=NEW_TOKENS[self.name], temperature=1.0, seed=self.seed + 2, samples=SAMPLES_PER_PROMPT,
         )
 
     def report(self, stage: str, seconds: float) -> None:

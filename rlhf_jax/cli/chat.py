@@ -89,23 +89,20 @@ def _opened() -> Any:
     """The conversation, nothing said yet."""
     import dataclasses
 
-    from rlhf_jax.cli.opened import chosen, meshed, with_template
+    from rlhf_jax.cli.opened import chosen, conversing, meshed
     from rlhf_jax.eval.conversation import Chat, Sampling
     from rlhf_jax.eval.models import Policy
-    from rlhf_jax.saved import load_source
 
     options = flags.FLAGS
-    source = with_template(load_source(options.model, "--model"), options.template)
+    source = conversing(options.model, "--model", options.template)
     tokenizer = source.reader("--model")
-    if source.template is None:
-        raise UserError(f"--model = {options.model!r} has no chat template: it is a base model; name one with --template, for example roles")
     config = chosen(source.config, options.context, options.dtype)
     with meshed(1, options.tensor) as mesh:
         policy = Policy(dataclasses.replace(source, config=config), "--model", mesh)
     composed = drawn.compose(options.filters, options.stop_strings, tokenizer, config.vocab_size, options.max_new_tokens)
     settings = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, max_new_tokens=options.max_new_tokens,
                         seed=options.seed, filters=composed)
-    return Chat(policy, tokenizer, source.template, settings)
+    return Chat(policy, tokenizer, source.layout("--model"), settings)
 
 
 def _line(terminal: bool) -> str | None:

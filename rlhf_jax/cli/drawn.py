@@ -1,11 +1,14 @@
-"""What `sample` and `chat` say about how tokens are drawn: --filters and --stop_strings, read and checked."""
+"""What `sample`, `eval` and `chat` say alike about how tokens are drawn and which samples are kept: flags, read and checked."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rlhf_jax import sampling
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -18,6 +21,13 @@ FLAGS_HELP = {
                       "name:key=value; may be repeated",
     "--stop_strings TEXT": "ends a response; the token that completes it is kept; may be repeated",
 }
+KEPT_HELP = {
+    "--template NAME": "chat template in place of the model's own: a shipped name or a file",
+    "--cache same|bfloat16|int8": "precision of the keys and values that decoding keeps (default same, as the computation)",
+    "--reward NAME": "what chooses: a reward model's run, or a function (prompts, responses, references) -> scores: rules.NAME, or its dotted path",
+}
+QUEUE = 8  # prompts in one program, in batches: rows that have ended make room for them
+Scorer = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
 
 
 def read(texts: Sequence[str]) -> tuple[dict[str, Any], ...]:
@@ -79,6 +89,43 @@ def compose(texts: Sequence[str], stop_strings: Sequence[str], tokenizer: Tokeni
     except UserError as error:
         said = str(error).replace(filters.KEY, "--filters").replace(filters.STOPS, "--stop_strings")
         raise UserError(said.replace("config.sampling.", "--")) from None
+
+
+def queue(samples: int, rows: int) -> int:
+    """Rows of one program, whole prompts.
+
+    Args:
+      samples: of each prompt.
+      rows: --batch_size, decoded at once.
+    """
+    return QUEUE * max(rows // samples, 1) * samples
+
+
+def scorer(name: str, rows: int) -> Scorer:
+    """What --reward says of samples, opened: a mistake is found before anything is sampled.
+
+    Args:
+      name: the flag's.
+      rows: a reward model scores at once.
+
+    Returns:
+      a function of samples, each with its `prompt` (messages), `response`, `truncated` and `reference`, to their scores.
+
+    Raises:
+      UserError: no such function or reward model.
+    """
+    if pathlib.Path(name).exists() or "/" in name:
+        from rlhf_jax.eval.models import RewardModel, text_reward
+        from rlhf_jax.saved import load_source
+
+        score = text_reward(RewardModel(load_source(name, "--reward"), "--reward"), "--reward")
+        return lambda found: score([row["prompt"] for row in found], [row["response"] for row in found],
+                                   [not row["truncated"] for row in found], rows)
+    from rlhf_jax.rewards import entries, host
+
+    function = entries.load_function(name, "--reward")
+    return lambda found: host.call_reward_fn(function, [row["prompt"] for row in found], [row["response"] for row in found],
+                                             [row["reference"] for row in found], key="--reward")
 
 
 def _value(text: str) -> Any:

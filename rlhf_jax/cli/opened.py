@@ -1,4 +1,4 @@
-"""What `score`, `chat` and `convert` do alike: the flags for a saved network's context, precision, template and devices, and new folders."""
+"""What the commands that open a saved network do alike: the flags for its context, precision, template and devices, and new folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.hf_tokenizer import fitted
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.saved import Source, chat_template
+from rlhf_jax.saved import Source, chat_template, load_source
 
 
 def chosen(config: ModelConfig, context: int, dtype: str) -> ModelConfig:
@@ -52,6 +52,24 @@ def with_template(source: Source, name: str) -> Source:
     except UserError as error:
         raise UserError(f"--template = {name!r}: {error}") from None
     return dataclasses.replace(source, template=template, tokenizer=fitted(source.tokenizer, template))
+
+
+def conversing(path: str, flag: str, template: str) -> Source:
+    """A saved network that reads conversations.
+
+    Args:
+      path: as for `load_source`.
+      flag: that named it, for messages.
+      template: as for `with_template`.
+
+    Raises:
+      UserError: nothing to open, or a base model without a template.
+    """
+    source = with_template(load_source(path, flag), template)
+    source.reader(flag)
+    if source.template is None:
+        raise UserError(f"{flag} = {path!r} has no chat template: it is a base model; name one with --template, for example roles")
+    return source
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from absl import flags
 from rlhf_jax.cli import drawn
 from rlhf_jax.errors import UserError
 
-QUEUE = 8  # prompts in one program, in batches: rows that have ended make room for them
 FLAGS_HELP = {
     "--checkpoint DIR": "a policy's workdir, its best/ or checkpoints/ folder, or one step",
     "--prompt TEXT": "one user message; or",
@@ -30,9 +29,9 @@ FLAGS_HELP = {
     "--top_k K, --top_p P": "filters; 0 and 1.0 switch them off (default)",
     **drawn.FLAGS_HELP,
     "--best_of N": "of N samples of each prompt, keep the one that --reward scores highest; its row holds all scores",
-    "--reward NAME": "a reward model's run, or a function (prompts, responses, references) -> scores: rules.NAME, or its dotted path",
+    **drawn.KEPT_HELP,
     "--seed S": "the same seed draws the same samples (default 0)",
-    "--batch_size B": "rows at once (default 64)",
+    "--batch_size B": "rows at once, at most (default 64)",
 }
 
 flags.DEFINE_string("checkpoint", "", "policy to sample from")
@@ -48,6 +47,8 @@ flags.DEFINE_multi_string("filters", [], "name:key=value or JSON")
 flags.DEFINE_multi_string("stop_strings", [], "ends of responses")
 flags.DEFINE_integer("best_of", 0, "samples to choose one of", lower_bound=0)
 flags.DEFINE_string("reward", "", "what scores them")
+flags.DEFINE_string("template", "", "chat template")
+flags.DEFINE_enum("cache", "same", ["same", "bfloat16", "int8"], "precision of keys and values")
 flags.DEFINE_integer("seed", 0, "of the samples")
 flags.DEFINE_integer("batch_size", 64, "rows at once", lower_bound=1)
 
@@ -66,9 +67,9 @@ def main() -> int:
         raise UserError("--best_of and --reward go together: how many samples of each prompt, and what they are worth")
     if options.best_of and options.n > 1:
         raise UserError(f"--n = {options.n} and --best_of = {options.best_of}: give one of them; --best_of keeps one sample of each prompt")
+    scorer = drawn.scorer(options.reward, options.batch_size) if options.best_of else None
     rows = _sampled()
-    if options.best_of:
-        rows = _best(rows)
+    rows = _best(rows, scorer) if scorer else [{name: value for name, value in row.items() if name != "reference"} for row in rows]
     if options.output:
         from rlhf_jax.files import write_whole
 
@@ -81,19 +82,20 @@ def main() -> int:
 
 
 def _sampled() -> list[dict[str, Any]]:
-    """Every sample, in the prompts' order."""
+    """Every sample, in the prompts' order, with what the file says beside its prompt."""
     from rlhf_jax import data
-    from rlhf_jax.eval.generation import responses
+    from rlhf_jax.cli.opened import conversing
+    from rlhf_jax.eval.generation import responses, shares
     from rlhf_jax.eval.models import Policy
-    from rlhf_jax.saved import load_source
 
     options = flags.FLAGS
-    policy, group = Policy(load_source(options.checkpoint, "--checkpoint"), "--checkpoint"), options.best_of or options.n
+    policy = Policy(conversing(options.checkpoint, "--checkpoint", options.template), "--checkpoint")
+    samples = options.best_of or options.n
     room = policy.config.context - options.max_new_tokens
     if room < 1:
         raise UserError(f"--max_new_tokens = {options.max_new_tokens} leaves no room for a prompt in a context of {policy.config.context}")
     source, key = policy.source, "--checkpoint"
-    tokenizer, slots = source.reader(key), max(options.batch_size // group, 1) * group
+    tokenizer, (group, slots) = source.reader(key), shares(samples, options.batch_size)
     filters = drawn.compose(options.filters, options.stop_strings, tokenizer, policy.config.vocab_size, options.max_new_tokens)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +105,12 @@ def _sampled() -> list[dict[str, Any]]:
             pathlib.Path(path).write_text(json.dumps({"prompt": options.prompt}) + "\n", encoding="utf-8")
         prompts: Any = data.open_dataset(
             "prompt", path, tokenizer, template=source.layout(key), max_length=policy.config.context, prompt_length=room,
-            batch_size=QUEUE * slots, group_size=group, cache=folder,
+            batch_size=drawn.queue(samples, options.batch_size), group_size=samples, cache=folder,
         ).trimmed()
         for batch in prompts.eval_batches():
             rolled = policy.generate(
                 batch, seed=options.seed, max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-                top_p=options.top_p, group_size=group, filters=filters, slots=slots,
+                top_p=options.top_p, group_size=group, filters=filters, slots=slots, cache=options.cache,
             )
             for at, text in enumerate(responses(rolled, tokenizer, tokenizer.stop_ids)):
                 if batch.real[at]:
@@ -116,37 +118,20 @@ def _sampled() -> list[dict[str, Any]]:
                     rows.append({"prompt": list(prompts.messages(prompt_id)), "response": text, "prompt_id": prompt_id,
                                  "sample_id": int(batch.sample_ids[at]), "truncated": bool(rolled.truncated[at]),
                                  "reference": prompts.reference(prompt_id)})
-    if not options.reward:
-        return [{name: value for name, value in row.items() if name != "reference"} for row in rows]
     return rows
 
 
-def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best(rows: list[dict[str, Any]], scorer: drawn.Scorer) -> list[dict[str, Any]]:
     """The best sample of each prompt, with its score and all of them."""
     import jax.numpy as jnp
 
     from rlhf_jax import sampling
 
     best_of = flags.FLAGS.best_of
-    best = sampling.best_of(jnp.asarray(_scores(rows)), n=best_of)
+    best = sampling.best_of(jnp.asarray(scorer(rows)), n=best_of)
     print(f"rlhf-jax: best of {best_of}: at most {sampling.kl_bound(best_of):.3f} nats per response from the policy", file=sys.stderr, flush=True)
     kept = []
     for row, score, scores in zip(best.row.tolist(), best.score.tolist(), best.scores.tolist()):
         shown = {name: value for name, value in rows[row].items() if name != "reference"}
         kept.append({**shown, "score": score, "scores": scores})
     return kept
-
-
-def _scores(rows: list[dict[str, Any]]) -> Any:
-    """[rows], what --reward says of each."""
-    name = flags.FLAGS.reward
-    prompts, texts = [row["prompt"] for row in rows], [row["response"] for row in rows]
-    if pathlib.Path(name).exists() or "/" in name:
-        from rlhf_jax.eval.models import RewardModel, text_reward
-        from rlhf_jax.saved import load_source
-
-        score = text_reward(RewardModel(load_source(name, "--reward"), "--reward"), "--reward")
-        return score(prompts, texts, [not row["truncated"] for row in rows], flags.FLAGS.batch_size)
-    from rlhf_jax.rewards import entries, host
-
-    return host.call_reward_fn(entries.load_function(name, "--reward"), prompts, texts, [row["reference"] for row in rows], key="--reward")

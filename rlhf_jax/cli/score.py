@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from absl import flags
 from rlhf_jax.cli.configs import define_config, loaded_config
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import whole
+from rlhf_jax.ops.logit_filters import COLDEST
 
 FLAGS_HELP = {
     "--model DIR": "a policy or a reward model: a run's workdir, its best/ folder, one step, or a Hugging Face directory",
@@ -97,8 +99,8 @@ def _say(line: str) -> None:
 def _rows() -> int:
     """The rows of a file."""
     options = flags.FLAGS
-    if options.temperature <= 0:
-        raise UserError(f"--temperature = {options.temperature}: must be above 0, since it divides the logits")
+    if not COLDEST <= options.temperature < math.inf:
+        raise UserError(f"--temperature = {options.temperature}: must be finite and at least {COLDEST:g}, since it divides the logits")
     output = pathlib.Path(options.output)
     if output.is_dir():
         raise UserError(f"--output = {options.output!r} is a folder: name a file")

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Array, Prompts, Rollout, Sequences
 
 Messages = Sequence[Mapping[str, Any]]
@@ -32,6 +33,9 @@ class EvalPrompts(Protocol):
 
     def messages(self, prompt_id: int) -> Messages:
         """The prompt's messages, ending in the user's."""
+
+    def __len__(self) -> int:
+        """How many prompts there are; their ids count from 0."""
 
 
 class Decoder(Protocol):
@@ -80,6 +84,45 @@ def evaluate_generation(
     if not records:
         raise ValueError("evaluate_generation: the data set holds no prompt")
     return sorted(records, key=lambda record: (record["prompt_id"], record["sample_id"]))
+
+
+def shares(samples: int, rows: int) -> tuple[int, int]:
+    """How the samples of a prompt are decoded where no more than `rows` rows may be at once.
+
+    Args:
+      samples: of each prompt, neighbours.
+      rows: at once; 0 = all.
+
+    Returns:
+      how many of them share one prefill, a divisor of `samples`; and the rows decoded at once, a multiple of it.
+    """
+    if not rows:
+        return samples, 0
+    group = max(size for size in range(1, min(samples, rows) + 1) if samples % size == 0)
+    return group, rows // group * group
+
+
+def check_prompts(dataset: EvalPrompts, gold: Callable[[str, str], float], path: str, flag: str) -> None:
+    """Refuses prompts that `evaluate_generation` could not judge, before anything is generated.
+
+    Args:
+      dataset: the prompts.
+      gold: (text of the last user message, response) -> worth; cheap, or it refuses nothing.
+      path, flag: the file and the flag that named the gold, for messages.
+
+    Raises:
+      UserError: a prompt without a user's message, or one that the gold cannot read.
+    """
+    for number in range(len(dataset)):
+        try:
+            prompt = last_user_message(dataset.messages(number))
+        except ValueError:
+            raise UserError(f"--data = {path!r}: prompt {number + 1} has no message of the user's, which a response is judged by: add one") from None
+        try:
+            gold(prompt, "")
+        except ValueError as error:
+            raise UserError(f"{flag} does not fit --data = {path!r}, whose prompt {number + 1} it cannot read ({error}): name the task's "
+                            "own prompts, or a --judge") from None
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -50,15 +50,15 @@ class Policy:
         self.params = place(source.params, self.config, self.mesh)
 
     def generate(self, prompts: Prompts, *, seed: int, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0,
-                 group_size: int = 1, filters: sampling.Filters = sampling.NONE, slots: int = 0) -> Rollout:
-        """One completion per row; temperature 0 is greedy. Other arguments as sampling.generate."""
+                 group_size: int = 1, filters: sampling.Filters = sampling.NONE, slots: int = 0, cache: str = "same") -> Rollout:
+        """One completion per row; temperature 0 is greedy. `cache` is one of models.cache.KINDS; other arguments as sampling.generate."""
         if prompts.tokens.shape[1] + max_new_tokens > self.config.context:
             raise UserError(f"prompt slots and new tokens make {prompts.tokens.shape[1]} + {max_new_tokens} tokens, more than the model's "
                             f"context of {self.config.context}: lower max_new_tokens")
         tokenizer = self.source.reader("--checkpoint")
         program = _generate(
             self.config, self.mesh, max_new_tokens, temperature, top_k, top_p, tokenizer.stop_ids, tokenizer.pad_id, group_size,
-            filters, slots,
+            filters, slots, cache,
         )
         return program(self.params, self._place(prompts), jax.random.key(seed))
 
@@ -118,10 +118,11 @@ def text_reward(model: RewardModel, key: str) -> Callable[[Sequence[Messages], S
 
 @functools.lru_cache
 def _generate(config: ModelConfig, mesh: Mesh, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-              stop_ids: tuple[int, ...], pad_id: int, group_size: int, filters: sampling.Filters, slots: int) -> Any:
+              stop_ids: tuple[int, ...], pad_id: int, group_size: int, filters: sampling.Filters, slots: int,
+              cache: str) -> Any:
     def run(params: PyTree, prompts: Prompts, key: Array) -> Rollout:
         chex.assert_rank(prompts.tokens, 2)
-        nets = Networks({"policy": params}, {}, NetworkSpec(policy=config))
+        nets = Networks({"policy": params}, {}, NetworkSpec(policy=config, cache=cache))
         return sampling.generate(
             nets, prompts, key, iteration=0, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             stop_ids=stop_ids, pad_id=pad_id, group_size=group_size, filters=filters, slots=slots,

@@ -57,6 +57,16 @@ def test_rows_that_make_room_for_others_say_the_same_in_one_program(command: Com
     assert models._generate.cache_info().currsize == 2
 
 
+def test_no_more_rows_at_once_than_asked_for(command: Command, run: pathlib.Path, prompts: pathlib.Path, tmp_path: pathlib.Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six samples of a prompt in four rows: three of them share a prefill, and three rows decode at once."""
+    seen: list[tuple[int, int]] = []
+    original = models.Policy.generate
+    monkeypatch.setattr(models.Policy, "generate", lambda self, *a, **k: seen.append((k["group_size"], k["slots"])) or original(self, *a, **k))
+    found = sampled(command, run, prompts, tmp_path, "--n=6", "--batch_size=4")
+    assert set(seen) == {(3, 3)} and [(row["prompt_id"], row["sample_id"]) for row in found] == [(p, s) for p in range(11) for s in range(6)]
+
+
 def test_the_best_of_several_by_a_function_and_by_a_reward_model(command: Command, run: pathlib.Path, prompts: pathlib.Path,
                                                                  tmp_path: pathlib.Path) -> None:
     every = sampled(command, run, prompts, tmp_path, "--n=4", "--filters=allowed:ids=" + json.dumps([*LETTERS, *Tokenizer.byte_level().stop_ids]))

@@ -8,6 +8,7 @@ import pytest
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.eval import compare
+from rlhf_jax.eval.generation import check_prompts, shares
 from rlhf_jax.eval.models import Policy, RewardModel
 from rlhf_jax.models import ModelConfig, Networks, NetworkSpec, layout, transformer
 from rlhf_jax.ops import masking
@@ -94,6 +95,9 @@ class _Set:
     def messages(self, prompt_id):
         return [{"role": "user", "content": f"prompt {prompt_id}"}]
 
+    def __len__(self):
+        return 4
+
 
 def test_a_policy_against_itself_ties_and_has_no_distance():
     policy = Policy(_source("policy"), "--checkpoint")
@@ -107,3 +111,52 @@ def test_a_policy_against_itself_ties_and_has_no_distance():
     other = Policy(_source("policy", seed=1), "--checkpoint")
     moved = compare.evaluate(other, policy, _Set(1), _Set(3), gold, max_new_tokens=5, temperature=1.0, seed=0)
     assert compare.row(moved, ours)["seq_kl"] > 0
+
+
+@pytest.mark.parametrize(("samples", "rows", "wanted"), [
+    (4, 0, (4, 0)), (4, 8, (4, 8)), (4, 6, (4, 4)), (4, 3, (2, 2)), (100, 64, (50, 50)), (7, 5, (1, 5)), (1, 64, (1, 64)),
+])
+def test_samples_of_a_prompt_go_into_the_rows_at_once(samples, rows, wanted):
+    assert shares(samples, rows) == wanted
+
+
+def test_a_prompts_samples_share_its_prefill_and_no_kl_is_measured_against_nobody(monkeypatch):
+    """The same samples, drawn in groups and not, a few rows at once and all; the groups reach the sampler."""
+    policy, asked = Policy(_source("policy"), "--checkpoint"), []
+    original = Policy.generate
+    monkeypatch.setattr(Policy, "generate", lambda self, prompts, **how: asked.append(how) or original(self, prompts, **how))
+    gold = lambda prompt, response: len(response) / 10  # noqa: E731
+    how = {"max_new_tokens": 5, "temperature": 1.0, "seed": 0}
+    plain = compare.evaluate(policy, policy, _Set(1), _Set(4), gold, **how)
+    assert [one.get("group_size", 1) for one in asked] == [1, 1] and compare.row(plain, None)["seq_kl"] == 0.0
+    for rows, group, slots in ((0, 4, 0), (3, 2, 2)):
+        asked.clear()
+        found = compare.evaluate(policy, None, _Set(1), _Set(4), gold, samples=4, rows=rows, **how)
+        assert [one.get("group_size", 1) for one in asked] == [1, group] and [one["slots"] for one in asked] == [rows, slots]
+        assert [record["response"] for record in found.sampled] == [record["response"] for record in plain.sampled]
+        assert "seq_kl" not in found.sampled[0] and compare.row(found, None)["seq_kl"] is None
+
+
+def test_the_best_of_several_is_what_the_scores_say():
+    records = [{"prompt_id": p, "sample_id": s, "gold": float(10 * p + s)} for p in range(3) for s in range(4)]
+    ours = compare.Evaluation([], records)
+    row = compare.best_row(ours, np.array([0, 3, 1, 2, 9, 1, 1, 1, 0, 0, 5, 0.0]), ours)
+    assert row["gold_best"] == (1 + 10 + 22) / 3 and row["best_of"] == 4 and row["kl_bound"] == pytest.approx(np.log(4) - 0.75)
+    assert row["win_best"] == pytest.approx(np.mean([1.5 / 4, 0.5 / 4, 2.5 / 4])) and "win_best" not in compare.best_row(ours, np.zeros(12), None)
+
+
+def test_what_a_gold_cannot_read_is_refused_beforehand():
+    def gold(prompt, response):
+        if prompt == "prompt 2":
+            raise ValueError("no question")
+        return 0.0
+
+    class Silent(_Set):
+        def messages(self, prompt_id):
+            return [{"role": "system", "content": "s"}] if prompt_id == 3 else super().messages(prompt_id)
+
+    with pytest.raises(UserError, match=r"--gold = 'g' does not fit --data = 'f', whose prompt 3 it cannot read \(no question\)"):
+        check_prompts(_Set(1), gold, "f", "--gold = 'g'")
+    with pytest.raises(UserError, match=r"--data = 'f': prompt 4 has no message of the user's"):
+        check_prompts(Silent(1), lambda prompt, response: 0.0, "f", "--gold = 'g'")
+    check_prompts(_Set(1), lambda prompt, response: 0.0, "f", "--gold = 'g'")
