@@ -242,6 +242,9 @@ class _Worker:
         except BrokenPipeError:
             self.close()
             raise _Refused("its process ended") from None
+        except BaseException:  # an interrupt, for one: the answer that it leaves unread would be taken for the next one's
+            self.close()
+            raise
         if "error" in reply:
             raise _Refused(reply["error"])
         return reply

@@ -127,6 +127,20 @@ def test_all_templates_share_a_process_and_what_ends_it_ends_no_other_template(m
     assert [process.poll() is None for process in started] == [False, False, False, True]
 
 
+def test_an_interrupted_rendering_leaves_no_answer_for_the_next_one(monkeypatch):
+    first, second = ChatTemplate("first"), ChatTemplate("second")
+    assert (first.text(TURNS), second.text(TURNS)) == ("first", "second")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat._Worker, "_line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            first.text(TURNS)
+    assert (second.text(TURNS), first.text(TURNS)) == ("second", "first")
+
+
 def test_no_clock_runs_on_behind_a_refusal(monkeypatch):
     """What refuses is answered at once; the alarm that would have ended it may not end the process under the next template."""
     compiled, rung = {}, []
