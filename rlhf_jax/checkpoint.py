@@ -198,7 +198,7 @@ class Checkpointer:
 
     def _sweep(self) -> None:
         """Quarantines what killed saves left behind."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self.directory.exists():  # in a bucket an empty folder does not
             for name in sorted(path.name for path in self.directory.iterdir()):
                 if _TMP in name:
                     _set_aside(self.directory, name, "its save was interrupted")
@@ -406,7 +406,7 @@ def _resolve(path: epath.PathLike, key: str, which: str | int) -> epath.Path:
 
 
 def _step_numbers(folder: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in (folder.iterdir() if folder.exists() else ()) if path.name.isdigit())
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

@@ -3,10 +3,20 @@
 import pytest
 
 from rlhf_jax.errors import CRASHED, DONE, MISTAKE, PREEMPTED, UserError
+from rlhf_jax.launch import runner
 from rlhf_jax.launch.backoff import pause
 from rlhf_jax.launch.plan import File, Plan, Step, Watch
-from rlhf_jax.launch.runner import GRACE, UNREADABLE, Runner
+from rlhf_jax.launch.runner import Runner
 from tests.launch.fakes import tools  # noqa: F401
+
+LOOKS = 3  # in the place of ten
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", LOOKS)
+    monkeypatch.setattr(runner, "UNREADABLE", LOOKS)
+
 
 CREATE, DELETE = Step("make", ("cloud", "create"), attempts=3), Step("delete", ("cloud", "delete"))
 STATE, OUTCOMES = ("cloud", "state"), ("cloud", "outcome")
@@ -93,13 +103,13 @@ def test_one_outcome_that_is_bad_ends_it(tools, rows, code):  # noqa: F811
 def test_a_process_that_never_reports_is_not_waited_for_for_ever(tools):  # noqa: F811
     tools.add("cloud", (("state",), [NONE, (0, "ACTIVE")]), (("outcome",), [(0, "h0 0")]))
     code, pauses, _ = run(watched())
-    assert code == DONE and len(pauses) == GRACE + 1
+    assert code == DONE and len(pauses) == LOOKS + 1
 
 
 def test_a_state_that_cannot_be_read_ends_the_watch(tools):  # noqa: F811
     tools.add("cloud", (("state",), [NONE]), (("outcome",), [NONE]))
     code, pauses, _ = run(watched())
-    assert code == CRASHED and len(pauses) == UNREADABLE and words(tools) == ["create", "delete"]
+    assert code == CRASHED and len(pauses) == LOOKS and words(tools) == ["create", "delete"]
 
 
 def test_machines_that_are_there_are_watched_and_not_made_twice(tools):  # noqa: F811

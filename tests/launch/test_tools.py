@@ -16,6 +16,7 @@ import pytest
 
 from rlhf_jax.launch import planning
 from tests.launch.asked import config, request
+from tests.launch.test_readme import commands
 
 
 def bare(folder):
@@ -33,6 +34,7 @@ def write(plan, folder):
         (folder / file.path).write_text(file.text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_gcloud_knows_every_command_and_flag(tmp_path):
     plans = [planning.start(request(**changes), config()) for changes in (
@@ -40,7 +42,7 @@ def test_gcloud_knows_every_command_and_flag(tmp_path):
     plans += [planning.act(request(backend=backend), action, live=live)
               for backend in ("queued", "tpu-vm") for action, live in (("status", False), ("logs", False), ("logs", True), ("stop", False))]
     found = {step.command for plan in plans for step in (*plan.steps, *plan.clean_up)} | {plan.outcomes for plan in plans if plan.outcomes}
-    texts = {shlex.join(command) for command in found if command[0] == "gcloud"}
+    texts = {shlex.join(command) for command in found if command[0] == "gcloud"} | set(commands("gcloud"))
     assert len(texts) >= 12
     wrong = "gcloud compute tpus tpu-vm list --zonee=x"
     (tmp_path / "commands.json").write_text(json.dumps([{"command_string": text} for text in [*sorted(texts), wrong]]))
