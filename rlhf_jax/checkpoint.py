@@ -221,11 +221,12 @@ def _set_aside(directory: epath.Path, name: str, reason: str) -> None:
     target = directory / QUARANTINE / name
     if _TMP in name and target.exists():
         target.rmtree()  # never restorable: one is evidence enough, a hundred would fill the disk
-    number = 0
+    number = 1
     while target.exists():
-        number += 1
-        target = directory / QUARANTINE / f"{name}.{number}"
+        target, number = directory / QUARANTINE / f"{name}.{number}", number + 1
     target.parent.mkdir(exist_ok=True)
+    if _is_remote(directory):
+        (target.parent / ".folder").write_text("")  # a rename needs the folder, and in a bucket an empty one does not exist
     (directory / name).rename(target)
     logging.warning("checkpoint %s is not used: %s; moved to %s", directory / name, reason, target)
 
@@ -410,8 +411,7 @@ def _step_numbers(folder: epath.Path) -> list[int]:
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path)
-    return path if _is_remote(path) else path.expanduser().resolve()  # Orbax refuses relative paths
+    return path if _is_remote(path := epath.Path(path)) else path.expanduser().resolve()  # Orbax refuses relative paths
 
 
 def _is_remote(path: epath.Path) -> bool:

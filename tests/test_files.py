@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from rlhf_jax import checkpoint
 from rlhf_jax.files import Growing, whole, write_whole
 from rlhf_jax.train.metrics import MetricsLog, cut_back, read_metrics
 
@@ -33,7 +34,7 @@ def test_a_block_that_ends_well_replaces_it(tmp_path: pathlib.Path) -> None:
 
 
 class Bucket(MemoryFileSystem):
-    """Objects that cannot be appended to: a file opened for it starts anew, as gcsfs has it."""
+    """Objects that cannot be appended to: a file opened for it starts anew, as gcsfs has it. And no folders but those that hold one."""
 
     store: ClassVar[dict[str, object]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
@@ -41,6 +42,12 @@ class Bucket(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("gs:/"))
+
+    def mkdir(self, path: str, create_parents: bool = True, **options: object) -> None:
+        """Nothing to make."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing to make."""
 
     def open(self, path: str, mode: str = "rb", **options: object) -> object:
         return super().open(path, mode.replace("a", "w"), **options)
@@ -90,3 +97,17 @@ def test_a_metrics_log_in_a_bucket_goes_on_after_a_kill(bucket: epath.Path) -> N
         log.flush()
     log.write(5, {"loss": np.float32(5)})  # not saved
     assert [line["step"] for line in read_metrics(bucket)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside_though_no_folder_is_there_for_it(bucket: epath.Path) -> None:
+    (bucket / "checkpoints/2/params/data").parent.mkdir(parents=True)
+    (bucket / "checkpoints/2/params/data").write_bytes(b"x")
+    (bucket / "checkpoints/2/params/data").with_name("more").write_bytes(b"y")
+    checkpoint._set_aside(bucket / "checkpoints", "2", "a test")
+    assert (bucket / "checkpoints/quarantine/2/params/data").read_bytes() == b"x"
+    assert not (bucket / "checkpoints/2").exists()
+
+
+def test_a_run_that_has_not_begun_has_no_steps_in_a_bucket(bucket: epath.Path) -> None:
+    (bucket / "checkpoints").mkdir(parents=True, exist_ok=True)
+    assert checkpoint._step_numbers(bucket / "checkpoints") == []
