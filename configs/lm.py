@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
         epochs=1,  # passes over a batch
         minibatches=1,  # updates per pass
         max_nonfinite=10,  # skipped updates in a row after which the run stops
+        watchdog=0.0,  # seconds a step may take before the process ends with exit code 76, to be started again; 0 = off
     ))
 
     c.optimizer = ConfigDict(dict(
@@ -85,7 +86,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh = ConfigDict(dict(  # devices; -1 = what is left
         data=1, fsdp=-1, expert=1,
         sequence=1,  # over which the tokens of a row are spread, for long contexts; divides max_length, or prompt_length + max_new_tokens
-        tensor=1, devices=0, multihost=False,  # devices 0 = all
+        tensor=1, devices=0,  # devices 0 = all
+        multihost=False, heartbeat=100,  # several processes, see rlhf_jax/distributed.py; seconds after which a silent one counts as dead
     ))
     c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name
 

@@ -248,8 +248,7 @@ def load_params(
     Raises:
       UserError: nothing there, damaged, or not fitting `abstract`.
     """
-    step = _resolve(path, key, which)
-    subject = f"{key} = {str(path)!r}: the checkpoint"
+    step, subject = _resolve(path, key, which), f"{key} = {str(path)!r}: the checkpoint"
     try:
         manifest = _read_manifest(step)
         if PARAMS not in manifest["items"]:
@@ -337,7 +336,9 @@ def _restore(item: epath.Path, record: Mapping[str, Any], targets: Mapping[str, 
     stored = {path: target for path, target in targets.items() if target.size}
     flat: dict[str, Any] = {}
     if stored:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        me = jax.process_index()  # every host reads for itself and waits for none: what one cannot read, all hear of (distributed.meeting)
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={me}, barrier_sync_key_prefix=f"host {me}")
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=alone) as reader:
             flat = mf.unnest(reader.restore(item, args=ocp.args.StandardRestore(mf.nest(stored))))
     for path, target in targets.items():
         if not target.size:
@@ -423,8 +424,7 @@ def _check_space(directory: epath.Path, step: int, leaves: Iterable[Any]) -> Non
     if _is_remote(directory):
         return
     needed = sum(mf.words(leaf).nbytes for leaf in leaves)
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+    if (free := shutil.disk_usage(directory).free) < needed:
         raise UserError(
             f"checkpoint: step {step} needs {needed / 2**20:.1f} MiB and {directory} has {free / 2**20:.1f} MiB free; "
             "free some space, lower config.checkpoint.keep or choose another --workdir"

@@ -57,6 +57,41 @@ def row_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
+def host_rows(mesh: Mesh, host: int | None = None) -> tuple[tuple[int, ...], int]:
+    """(blocks, count): of the batch's rows in `count` equal blocks, those that the devices of a host hold. Hosts may hold the same ones, where an
+    axis that does not split rows lies across them.
+
+    Args:
+      mesh: from distributed.make_mesh.
+      host: its index; None = this process.
+    """
+    host, count = jax.process_index() if host is None else host, row_devices(mesh)
+    index: Any = row_sharding(mesh).devices_indices_map((count,))
+    return tuple(sorted({rows[0].start or 0 for device, rows in index.items() if device.process_index == host})), count
+
+
+def row_numbers(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's rows are this host's, in order.
+
+    Args:
+      mesh: from distributed.make_mesh.
+      rows: B.
+    """
+    blocks, count = host_rows(mesh)
+    return np.arange(rows).reshape(count, rows // count)[list(blocks)].reshape(-1)
+
+
+def global_shapes(batch: PyTree, mesh: Mesh) -> PyTree:
+    """This host's rows of a batch as the shapes of the global one, on its devices.
+
+    Args:
+      batch: leaves [B_host, …].
+      mesh: from distributed.make_mesh.
+    """
+    (blocks, count), where = host_rows(mesh), row_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * count // len(blocks), *x.shape[1:]), x.dtype, sharding=where), batch)
+
+
 def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     """A NamedSharding per parameter.
 

@@ -75,4 +75,84 @@ def test_rows_become_global_arrays_on_their_devices():
 
 def test_one_process_leads_and_needs_no_initialisation():
     distributed.initialize(False)
-    assert distributed.is_lead() and distributed.host() == (0, 1) and not jax.distributed.is_initialized()
+    assert distributed.is_lead() and distributed.hosts() == 1 and not jax.distributed.is_initialized()
+
+
+# --- hosts; two processes are started in tests/train/test_hosts.py ---
+
+
+HAND = (distributed.ADDRESS, distributed.PROCESSES, distributed.PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("", "2", ""), r"JAX_NUM_PROCESSES is set, but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is not: set all three"),
+        (("localhost:1", "", "0"), r"JAX_PROCESS_ID is set, but JAX_NUM_PROCESSES is not"),
+        (("localhost:1", "two", "0"), r"JAX_NUM_PROCESSES = 'two': hosts are numbered from 0"),
+        (("localhost:1", "2", "2"), r"JAX_PROCESS_ID = 2 and JAX_NUM_PROCESSES = 2: hosts are numbered from 0"),
+    ],
+)
+def test_hosts_that_cannot_be_told_are_one_sentence(values, said, monkeypatch):
+    for name, value in zip(HAND, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        distributed.initialize(True)
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_cluster_that_jax_does_not_know_is_one_sentence(monkeypatch):
+    def unknown(**given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", unknown)
+    for name in HAND:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"config\.mesh\.multihost = True, but JAX finds no other hosts .*set JAX_COORD"):
+        distributed.initialize(True)
+
+
+def test_hosts_by_hand_and_the_timeouts_reach_jax(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", given.update)
+    for name, value in zip(HAND, ("10.0.0.1:99", "4", "3"), strict=True):
+        monkeypatch.setenv(name, value)
+    distributed.initialize(True, 7)
+    assert given == {"coordinator_address": "10.0.0.1:99", "num_processes": 4, "process_id": 3, "heartbeat_timeout_seconds": 7,
+                     "shutdown_timeout_seconds": 7}
+    given.clear()
+    for name in HAND[1:]:
+        monkeypatch.delenv(name)
+    distributed.initialize(True, 7)  # a cluster's own way
+    assert given == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
+
+
+def test_the_first_host_that_differs_is_named_with_what_differs():
+    same = {"config": {"seed": 0, "run": {"steps": 4}}, "code": "a"}
+    distributed.compare([same, dict(same)])
+    with pytest.raises(UserError, match=r"host 2 of 3 differs from host 0 in config\.run\.steps \(5 there, 4 on host 0\): start every"):
+        distributed.compare([same, same, {"config": {"seed": 0, "run": {"steps": 5}}, "code": "a"}])
+    with pytest.raises(UserError, match=r"in code \('b' there, 'a' on host 0\), config\.run \(None there, .*\), config\.seed \(1 there, 0 on "):
+        distributed.compare([same, {"config": {"seed": 1}, "code": "b"}])
+    with pytest.raises(UserError, match=r"and 2 more: start"):
+        distributed.compare([{name: 0 for name in "abcde"}, {name: 1 for name in "abcde"}])
+
+
+def test_one_host_meets_itself():
+    with distributed.meeting() as agree:
+        agree({"config": 1})
+    assert distributed.exchange({"a": [1]}) == [{"a": [1]}] and distributed.gathered(np.arange(2)).tolist() == [[0, 1]]
+    with pytest.raises(UserError, match=r"^mine$"), distributed.meeting():
+        raise UserError("mine")
+
+
+def test_the_rows_of_one_host_are_all_rows_in_order():
+    mesh = distributed.make_mesh(sizes(2, 2, 2))
+    assert sharding.host_rows(mesh) == ((0, 1, 2, 3), 4) and sharding.host_rows(mesh, 1) == ((), 4)
+    assert sharding.row_numbers(mesh, 8).tolist() == list(range(8))
+    rows = np.arange(24).reshape(8, 3)
+    placed = distributed.to_global(rows, sharding.row_sharding(mesh))
+    np.testing.assert_array_equal(distributed.own_rows(placed), rows)
+    np.testing.assert_array_equal(distributed.all_rows(placed), rows)
+    (shape,) = jax.tree.leaves(sharding.global_shapes({"tokens": rows}, mesh))
+    assert shape.shape == (8, 3) and shape.sharding == sharding.row_sharding(mesh)

@@ -1,7 +1,7 @@
 """`rlhf-jax COMMAND [flags]`: finds the command's file, parses its flags, and turns a user's mistake into one sentence.
 
-Exit codes, named in `errors`: 0 done, 2 a mistake of the user's (config, data, checkpoint, flags), 75 preempted with the state saved, 1 anything
-else. `launch` goes by them: it restarts what was preempted, stops at a mistake, and restarts a crash a few times.
+Exit codes, named in `errors`: 0 done, 2 a mistake of the user's (config, data, checkpoint, flags), 75 preempted with the state saved, 76 ended by
+config.run.watchdog, 1 anything else. `launch` goes by them: it restarts what was preempted, stops at a mistake, and restarts a crash a few times.
 """
 
 from __future__ import annotations

@@ -29,9 +29,11 @@ def main() -> int:
     workdir = flags.FLAGS.workdir
     if not workdir:
         raise UserError("--workdir is missing: name a folder for this run, e.g. --workdir runs/sft")
+    from rlhf_jax import distributed
     from rlhf_jax.train.loop import train
 
     result = train(config, workdir, profile=flags.FLAGS.profile)
     best = "" if result.best_step is None else f"; best validation {result.best_value:.6g} at step {result.best_step}"
-    print(f"{result.stopped} at step {result.step}{best}; state {result.state_hash[:16]}; everything is in {workdir}")
+    if distributed.is_lead():
+        print(f"{result.stopped} at step {result.step}{best}; state {result.state_hash[:16]}; everything is in {workdir}")
     return PREEMPTED if result.stopped == "preempted" else DONE

@@ -56,8 +56,8 @@ def outline(config: Mapping[str, Any], objective: Objective, mesh: Mesh) -> tupl
         stand_in.notes.append("config.model.add_tokens is left out: config.init_from, whose tokenizer it grows, is not here")
     if config["data"]["template"] == INHERIT and not (config["init_from"] and os.path.exists(config["init_from"])):
         config = {**config, "data": {**config["data"], "template": "plain"}}
-    site = Site(source=stand_in.source, place=shapes, datasets=functools.partial(_datasets, objective), mesh=mesh, real=False)
-    return assemble(config, objective, site), stand_in.notes
+    site = Site(source=stand_in.source, place=shapes, datasets=functools.partial(_datasets, objective, mesh), mesh=mesh, real=False)
+    return assemble(config, objective, site=site), stand_in.notes
 
 
 def shapes(params: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
@@ -118,11 +118,15 @@ class _Batches:
         return 1
 
 
-def _datasets(objective: Objective, config: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any, Any]:
-    """The training set, no validation set, and the second training set where there is one, in the largest shapes that the config allows."""
-    section, count = config["data"], config["run"]["batch_size"]
+def _datasets(objective: Objective, mesh: Mesh, config: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate, where: Any
+              ) -> tuple[Any, Any, Any]:
+    """The training set, no validation set, and the second training set where there is one, in the largest shapes that the config allows; of each
+    the rows of one host."""
+    blocks, parts = sharding.host_rows(mesh)
+    section, mine = config["data"], lambda rows: rows * len(blocks) // parts
+    count = mine(config["run"]["batch_size"])
     if section["kind"] == "prompt":
-        train: PyTree = _prompts(count - schedule.replayed_rows(config), section["prompt_length"])
+        train: PyTree = _prompts(mine(config["run"]["batch_size"] - schedule.replayed_rows(config)), section["prompt_length"])
     else:
         train = _rows(objective.batch_type, count, section["max_length"])
     second = config.get("ptx")

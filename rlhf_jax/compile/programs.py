@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rlhf_jax import sharding
 from rlhf_jax.models import Networks
 from rlhf_jax.train.assemble import Experiment
-from rlhf_jax.train.programs import Programs, for_step, shapes
+from rlhf_jax.train.programs import Programs, for_step
 from rlhf_jax.train.step import make_prepare, make_update
 from rlhf_jax.types import Array, Prompts, PyTree, TrainState
 
@@ -46,12 +46,12 @@ def programs(exp: Experiment) -> list[Program]:
     """
     run = Programs(exp)
     state = run.abstract()
-    where = sharding.row_sharding(exp.mesh)
+    first = sharding.global_shapes(exp.batch(0), exp.mesh)
     if not exp.online:
-        batch = shapes(exp.batch(0), where)
+        batch = first
         return [Program("step", run.step, (state, exp.frozen, batch), (), True), *_training(exp, state, exp.frozen, batch)]
     assert run.rollouts is not None
-    prompts, frozen = shapes(exp.batch(0), where), run.rollouts.frozen(state)
+    prompts, frozen = first, run.rollouts.frozen(state)
     handed = run.rollouts.handed_out(state)
     everything = (state, frozen)
     found = []

@@ -197,19 +197,37 @@ def _frozen_networks(model: ModelConfig, reward: Source | None, reference: Sourc
     return trees, configs
 
 
-def assemble(config: Mapping[str, Any], objective: Objective, site: Site = HERE) -> Experiment:
+def _mesh(config: Mapping[str, Any], objective: Objective, given: Mesh | None) -> Mesh:
+    """The run's devices, over which its rows divide."""
+    mesh = given or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
+    check_lengths(config, mesh.shape["sequence"])
+    if not all(sharding.host_rows(mesh, host)[0] for host in range(distributed.hosts())):
+        raise UserError(f"config.mesh.devices = {config['mesh']['devices']} leaves a host of {distributed.hosts()} without a device: set it to 0")
+    per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
+    if per_pass % sharding.row_devices(mesh):
+        raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+    if (fresh := config["run"]["batch_size"] - schedule.replayed_rows(config)) % sharding.row_devices(mesh):
+        raise UserError(f"config.schedule.replay = {schedule.of(config).replay:g} leaves {fresh} rows to sample, which the "
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+    return mesh
+
+
+def assemble(config: Mapping[str, Any], objective: Objective, agree: Callable[[Mapping[str, Any]], None] | None = None, site: Site = HERE
+             ) -> Experiment:
     """Opens and builds everything; nothing is written but prepared data.
 
     Args:
       config: checked (train.config.check).
       objective: bound.
+      agree: is given what was opened, before the first program runs; from distributed.meeting where there are several hosts.
       site: where from and where to.
 
     Raises:
       UserError: a file, checkpoint, tokenizer or mesh that does not fit.
     """
     if site.real:
-        distributed.initialize(config["mesh"]["multihost"])  # before anything asks JAX for its devices
+        distributed.initialize(config["mesh"]["multihost"], config["mesh"]["heartbeat"])  # before anything asks JAX for its devices
     online = config["data"]["kind"] == "prompt"
     init, tokenizer, template = text_side(config, site.source)
     model = _architecture(config, tokenizer, init)
@@ -235,23 +253,20 @@ def assemble(config: Mapping[str, Any], objective: Objective, site: Site = HERE)
     elif online and config["critic"]["init_from"] == "policy":
         critic = init
 
-    train_data, valid_data, ptx_data = (site.datasets or datasets)(config, tokenizer, template)
+    mesh = _mesh(config, objective, site.mesh)
+    where = sharding.host_rows(mesh) if distributed.hosts() > 1 else (0, 1)
+    train_data, valid_data, ptx_data = (site.datasets or datasets)(config, tokenizer, template, where)
     for name, one in (("train", train_data), ("valid", valid_data)):
         if cached and one is not None:
             references.attach(one.prepared, config["reference_from"], "config.reference_from", f"config.data.{name}")
     steps = config["run"]["steps"] or train_data.batches_for(config["run"]["data_epochs"], config["seed"])
     schedule.check_length(config, steps)
-
-    mesh = site.mesh or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
-    check_lengths(config, mesh.shape["sequence"])
-    per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
-    if per_pass % sharding.row_devices(mesh):
-        raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
-                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
-
-    if (fresh := config["run"]["batch_size"] - schedule.replayed_rows(config)) % sharding.row_devices(mesh):
-        raise UserError(f"config.schedule.replay = {schedule.of(config).replay:g} leaves {fresh} rows to sample, which the "
-                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+    if agree is not None:
+        sets = {"train": train_data, "valid": valid_data, "ptx": ptx_data}
+        sources = {"init_from": init, "reference_from": reference, "reward_from": reward, "critic.init_from": critic}
+        agree({"data": {name: one.prepared.digest for name, one in sets.items() if one is not None},
+               "weights": {name: one.meta.get("fingerprint") for name, one in sources.items() if one is not None},
+               "tokenizer": tokenizer.digest, "template": template.digest})
 
     configs, loaded = _trained_networks(config, model, init, critic)
     frozen, frozen_configs = _frozen_networks(model, reward, reference, mesh, site)
@@ -291,16 +306,17 @@ def text_side(config: Mapping[str, Any], opened: Callable[..., Source] = load_so
     return init, hf_tokenizer.fitted(tokenizer, template), template
 
 
-def datasets(config: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any, Any]:
+def datasets(config: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate, host: data.Host = (0, 1)) -> tuple[Any, Any, Any]:
     """The training set, the validation set (None without a file) and the second training set (None without config.ptx).
 
     Args:
       config: checked.
       tokenizer, template: from `text_side`.
+      host: which rows this process makes, from sharding.host_rows.
     """
     section, second = config["data"], config.get("ptx")
     shared: dict[str, Any] = dict(
-        tokenizer=tokenizer, template=template, cache=section["cache"] or data.default_cache(), host=distributed.host(),
+        tokenizer=tokenizer, template=template, cache=section["cache"] or data.default_cache(), host=host,
         batch_size=config["run"]["batch_size"],
     )
     open_one = functools.partial(

@@ -62,7 +62,7 @@ SCHEMA: dict[str, Any] = {
     },
     "run": {
         "steps": COUNT, "data_epochs": Number(float, 0.0), "batch_size": NATURAL, "microbatches": NATURAL, "epochs": NATURAL,
-        "minibatches": NATURAL, "max_nonfinite": NATURAL,
+        "minibatches": NATURAL, "max_nonfinite": NATURAL, "watchdog": Number(float, 0.0),  # seconds; 0 = off
     },
     "optimizer": {
         "name": optimizer.OPTIMIZERS, "lr": Number(float, 0.0, above=True), "schedule": optimizer.SCHEDULES, "warmup_steps": COUNT,
@@ -75,7 +75,9 @@ SCHEMA: dict[str, Any] = {
         "rank": COUNT, "alpha": Number(float, 0.0, above=True), "targets": str, "dropout": Number(float, 0.0, 1.0 - 1e-9), "rslora": bool,
         "dora": bool, "base": ("same", "bfloat16", "int8", "nf4"),
     },
-    "mesh": {"data": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int, "devices": COUNT, "multihost": bool},
+    "mesh": {
+        "data": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int, "devices": COUNT, "multihost": bool, "heartbeat": NATURAL,  # seconds
+    },
     "log": {"every": NATURAL, "samples": COUNT, "tensorboard": bool, "wandb": str},
 }
 ONLINE: dict[str, Any] = {
@@ -148,6 +150,19 @@ def plain(config: Any) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     return {key: plain(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+
+
+def hosts(config: Any) -> tuple[bool, int]:
+    """config.mesh.multihost and heartbeat, before the config is checked: one that `check` will refuse is no reason to wait for other hosts.
+
+    Args:
+      config: what a `get_config()` returned.
+    """
+    try:
+        mesh = _conform(plain(config)["mesh"], SCHEMA["mesh"], "config.mesh")
+    except (UserError, AttributeError, KeyError):
+        return False, 1
+    return mesh["multihost"], mesh["heartbeat"]
 
 
 def check(config: Any, *, files: bool = True) -> tuple[dict[str, Any], objectives.Objective]:

@@ -24,18 +24,19 @@ from rlhf_jax.data.prefetch import Prefetcher
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.files import Growing
 from rlhf_jax.models import layout
+from rlhf_jax.train import agreement, schedule
 from rlhf_jax.train import metrics as run_log
-from rlhf_jax.train import schedule
 from rlhf_jax.train.assemble import Experiment, assemble, full_params
-from rlhf_jax.train.config import check
+from rlhf_jax.train.config import check, hosts
 from rlhf_jax.train.optimizer import evaluation_params
 from rlhf_jax.train.programs import Programs
 from rlhf_jax.train.rewarding import completions, failed_samples
 from rlhf_jax.train.start import beside_a_base
+from rlhf_jax.train.watchdog import PATIENCE, Watchdog
 from rlhf_jax.types import PyTree, Rollout, TrainState
 
 PROFILED = 3  # steps in a --profile trace, after one warm-up step
-FREE = ("log", "checkpoint")  # config sections that a resumed run may change
+FREE = ("log", "checkpoint", "run.watchdog", "mesh.multihost", "mesh.heartbeat")  # config sections and keys that a resumed run may change
 FILES = {"train": ("data", "train"), "valid": ("data", "valid"), "ptx": ("ptx", "train")}  # data.json's names → config sections and keys
 
 
@@ -61,14 +62,18 @@ def train(config: Any, workdir: str, *, profile: bool = False) -> Result:
     Raises:
       UserError: anything wrong with config, data, checkpoints or devices, before the first compilation.
     """
-    checked, objective = check(config)
     folder = epath.Path(workdir)
-    _same_config(folder, checked)
-    exp = assemble(checked, objective)
+    distributed.initialize(*hosts(config))
+    with distributed.meeting() as agree:
+        checked, objective = check(config)
+        _same_config(folder, checked)
+        shared = agreement.facts(json.loads(json.dumps(_jsonable(checked))), objective, folder)
+        exp = assemble(checked, objective, lambda found: agree({**shared, **found}))
     programs = Programs(exp)
     _refuse(exp, programs)
     _same_data(folder, exp)
     _write_start(folder, exp)
+    agreement.one_workdir(folder, folder / "config.json")
     with checkpoint.Checkpointer(folder / checkpoint.CHECKPOINTS, every=checked["checkpoint"]["every"],
                                  keep=checked["checkpoint"]["keep"]) as saver:
         state, start = restore(exp, saver, programs)
@@ -140,6 +145,7 @@ class _Run:
                         if self.validation["metric"] in line]
         self.samples: _Samples | None = None
         self.profile, self.tracing = profile, False
+        self.watchdog = Watchdog(exp.config["run"]["watchdog"])
 
     def go(self, state: TrainState, start: int) -> Result:
         exp, log = self.exp, self.exp.config["log"]
@@ -154,16 +160,19 @@ class _Run:
             run_log.MetricsLog(self.folder, start_step=start, total_steps=exp.steps, every=log["every"],
                                tensorboard=log["tensorboard"], wandb=wandb, console=distributed.is_lead()) as self.log,
             Prefetcher(fetch, drawn, last, 2) as batches,
+            self.watchdog,
         ):
             for step in range(start + 1, end + 1):
-                with self._traced(step - start):
-                    state, metrics, rolled = self.programs.advance(state, batches)
-                self._account(self.log.write(step, metrics), step, rolled)
+                with self.watchdog.watching("a step", step):
+                    with self._traced(step - start):
+                        state, metrics, rolled = self.programs.advance(state, batches)
+                    self._account(self.log.write(step, metrics), step, rolled)
                 if self.programs.compilations() > 1:
                     raise AssertionError("the train step was compiled twice: a batch changed its shape or dtype after warm-up")
                 improved = self._validate(state, step)
                 if improved or self._due(step):
-                    self._save(state, step, improved)
+                    with self.watchdog.watching("the save", step, PATIENCE):
+                        self._save(state, step, improved)
                 if self.saver.reached_preemption(step):
                     stopped = "preempted"
                     break
@@ -171,7 +180,8 @@ class _Run:
                     stopped = "early"
                     break
             self._end_trace()
-            self._account(self.log.flush(), step, None)
+            with self.watchdog.watching("a step", step):
+                self._account(self.log.flush(), step, None)
         return self._finish(state, step, stopped)
 
     def _finish(self, state: TrainState, step: int, stopped: str) -> Result:
@@ -222,18 +232,20 @@ class _Run:
     def _sample(self, step: int, rolled: Rollout | None, values: Mapping[str, float]) -> None:
         """Writes samples to samples.jsonl, one iteration late, so that the device is never waited for; those without a reward always."""
         log = self.exp.config["log"]
-        if self.samples is not None and distributed.is_lead():
+        if self.samples is not None:
             at, previous, shown, failures, transcripts = self.samples
             rows, scores, components = [], None, None
+            # On every host, since the rows may lie on another one than the lead.
             if previous is not None and values.get("reward/failed", 0.0) > 0:
                 failures = failures + self.programs.network_failures(previous)
             if previous is not None and shown:
-                rows = transcripts[: log["samples"]] or completions(self.exp, previous, self.exp.train_data, log["samples"])
-                scores, components = (None if x is None else np.asarray(jax.device_get(x))[: log["samples"]]
+                rows = transcripts[: log["samples"]] or completions(self.exp, previous, self.exp.train_data, log["samples"], distributed.all_rows)
+                scores, components = (None if x is None else distributed.all_rows(x)[: log["samples"]]
                                       for x in (previous.scores, previous.components))
-            with Growing(self.folder / "samples.jsonl") as file:
-                for row in failed_samples(failures, rows, scores, components, self.programs.labels):
-                    file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
+            if distributed.is_lead():
+                with Growing(self.folder / "samples.jsonl") as file:
+                    for row in failed_samples(failures, rows, scores, components, self.programs.labels):
+                        file.write((json.dumps({"step": at, **row}, ensure_ascii=False) + "\n").encode())
         failures = self.programs.failures if rolled is not None else []
         due = bool(rolled is not None and log["samples"] and (step % log["every"] == 0 or step == self.exp.steps))
         kept = rolled if due or self.programs.by_networks else None
@@ -247,8 +259,8 @@ class _Run:
         every = self.validation["every"]
         if not every or (step % every and step != self.exp.steps):
             return False
-        found = self.programs.validate(state)
-        values = self.log.write_now(step, found)
+        with self.watchdog.watching("the validation", step, PATIENCE):
+            values = self.log.write_now(step, self.programs.validate(state))
         self.history.append((step, values[self.validation["metric"]]))
         best = self._best()
         return best is not None and best[0] == step
@@ -336,8 +348,8 @@ def _same_config(folder: epath.Path, config: Mapping[str, Any]) -> None:
         return  # nothing was trained under that config yet
     saved = json.loads(path.read_text())
     now = json.loads(json.dumps(_jsonable(config)))
-    for key, old, new in _differences(saved, now, "config"):
-        if key.split(".")[1] not in FREE:
+    for key, old, new in distributed.differences(saved, now, "config"):
+        if not any(f"{key}.".startswith(f"config.{free}.") for free in FREE):
             raise UserError(f"{key} = {new!r}, but the run in {folder} was started with {old!r}: choose another --workdir, or delete that one")
 
 
@@ -356,14 +368,6 @@ def _same_data(folder: epath.Path, exp: Experiment) -> None:
             section, key = FILES[name]
             raise UserError(f"config.{section}.{key} = {exp.config[section][key]!r}: its content changed since the run in {folder} was started: "
                             "choose another --workdir, or restore the file")
-
-
-def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}")
-    elif old != new:
-        yield key, old, new
 
 
 def _write_start(folder: epath.Path, exp: Experiment) -> None:

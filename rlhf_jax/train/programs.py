@@ -17,7 +17,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from rlhf_jax import distributed, sampling, sharding
 from rlhf_jax.models import Networks
@@ -140,14 +139,13 @@ class Programs:
           UserError: whatever the objective or the networks refuse while they are traced.
         """
         exp, state = self.exp, self.abstract()
-        where = sharding.row_sharding(exp.mesh)
-        batch = self.rollouts.handed_out(state) if self.rollouts is not None and not self.fused else shapes(exp.batch(0), where)
+        batch = self.rollouts.handed_out(state) if self.rollouts is not None and not self.fused else sharding.global_shapes(exp.batch(0), exp.mesh)
         self._step.eval_shape(for_step(state), exp.frozen, batch)
         if exp.valid_data is None:
             return set()
         if exp.scored:
             return {f"eval/{name}" for name in ONLINE_VALIDATION}
-        held_out = shapes(next(iter(exp.valid_data.eval_batches())), where)
+        held_out = sharding.global_shapes(next(iter(exp.valid_data.eval_batches())), exp.mesh)
         found = self._validate.eval_shape(state.params, state.opt_state, state.carry, self._frozen(state), state.key, held_out)
         return {f"eval/{name}" for name in found}
 
@@ -238,36 +236,27 @@ class Programs:
 
     @functools.cached_property
     def _validation_rollout(self) -> Any:
-        return sharding.jit(self._held_out_samples, self.exp.mesh)
+        return sharding.jit(self._held_out_samples, self.exp.mesh, out_shardings=sharding.row_sharding(self.exp.mesh))
 
     def reward_moments(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of a reward model's scores over the validation set's responses, for its checkpoint's meta."""
         scores, limit = [], self.exp.config["validation"]["batches"] or None
         for batch in itertools.islice(self.exp.valid_data.eval_batches(), limit):
             placed = distributed.to_global(batch, sharding.row_sharding(self.exp.mesh))
-            found = self._response_scores(state.params, state.opt_state, self.exp.frozen, placed)
-            scores.append(np.asarray(found)[np.asarray(batch.seqs.real)])
+            found, real = jax.device_get(self._response_scores(state.params, state.opt_state, self.exp.frozen, placed))
+            scores.append(found[real])
         mean, std = learned.reference_moments(np.concatenate(scores))
         return {"reward_mean": mean, "reward_std": std}
 
     @functools.cached_property
     def _response_scores(self) -> Any:
-        def read(params: PyTree, opt_state: PyTree, frozen: PyTree, batch: Comparisons | Labelled) -> Array:
+        def read(params: PyTree, opt_state: PyTree, frozen: PyTree, batch: Comparisons | Labelled) -> tuple[Array, Array]:
             nets = Networks(evaluation_params(params, opt_state), frozen, self.exp.spec)
-            return masking.at_last_real(nets.reward(batch.seqs).scores, batch.seqs.segment_ids)
+            return masking.at_last_real(nets.reward(batch.seqs).scores, batch.seqs.segment_ids), batch.seqs.real
 
-        return sharding.jit(read, self.exp.mesh)
+        return sharding.jit(read, self.exp.mesh, out_shardings=sharding.replicated(self.exp.mesh))  # every host computes the moments
 
 
-def shapes(batch: PyTree, where: NamedSharding) -> PyTree:
-    """This host's rows of a batch as the shapes of the global one.
-
-    Args:
-      batch: leaves [B_host, …].
-      where: of the leading axis.
-    """
-    _, hosts = distributed.host()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=where), batch)
 
 
 def for_step(state: TrainState) -> TrainState:

@@ -5,12 +5,14 @@ tokenizer, read text on the host. Where all are pure JAX the whole score is, and
 in one program, the others on the host, and one more program combines them (rewards.combine). A reward that fails meets config.reward_failure: the
 run stops, or the row stays without a score, or gets another number; each such sample goes to the log with the reason. A network that gives no finite
 number is told by the metric reward/failed, which the loop reads an iteration late: nobody waits for the device.
+Of several hosts each asks the functions about its own rows; a reward model with another tokenizer reads all rows on all of them, as one program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,14 +45,15 @@ class Column:
     share: Share
     pure: Callable[[PyTree, Rollout], Array] | None = None
     on_host: Callable[[Rows, list[Any]], tuple[np.ndarray, dict[int, str]]] | None = None
-    asks_device: bool = False  # on_host runs programs of its own, which must keep one order on all devices
+    asks_device: bool = False  # on_host runs programs of its own, which must keep one order on all devices; it wants the rows of all hosts
 
 
 class Reading(NamedTuple):
-    """What the rewards that read text said of a rollout."""
+    """What the rewards that read text said of this host's rows of a rollout."""
 
-    columns: np.ndarray  # [B, C'] float32
+    columns: np.ndarray  # [B_host, C'] float32
     failures: Rows  # samples without a reward, each with its `row` and `failed`: {label: reason}
+    error: str | None = None  # why the run must stop, said on one of several hosts
 
 
 class Rewards:
@@ -103,7 +106,7 @@ class Rewards:
         chex.assert_rank(rollout.seqs.tokens, 2)
         columns = None
         if not self.pure:
-            reading = reading or self.read(rollout, prompts)
+            reading = self._agreed(reading or self.read(rollout, prompts))
             if not validation:
                 self.failures = reading.failures
             columns = distributed.to_global(reading.columns, sharding.row_sharding(self._exp.mesh))
@@ -118,18 +121,41 @@ class Rewards:
           prompts: the set that the rollout's prompt ids belong to.
         """
         chex.assert_rank(rollout.seqs.tokens, 2)
-        rows = completions(self._exp, rollout, prompts)
+        numbers = sharding.row_numbers(self._exp.mesh, rollout.truncated.shape[0])
+        fetch = distributed.own_rows if self.detached else distributed.all_rows
+        rows = completions(self._exp, rollout, prompts, fetch=fetch)
         references = [prompts.reference(row["prompt_id"]) if row["messages"] is not None else None for row in rows]
-        read: list[np.ndarray] = []
+        read: dict[int, np.ndarray] = {}
+        if not self.detached:  # programs first: what a function of one host raises must not keep it from them
+            asking = {i: column.on_host for i, column in enumerate(self._columns) if column.on_host is not None and column.asks_device}
+            read |= {i: ask(rows, references)[0][numbers] for i, ask in asking.items()}
+            rows, references = [rows[i] for i in numbers], [references[i] for i in numbers]
         reasons: dict[int, dict[str, str]] = {}
-        for column in self._columns:
-            if column.on_host is not None:
-                values, failed = column.on_host(rows, references)
-                read.append(values)
-                for row, reason in failed.items():
-                    reasons.setdefault(row, {})[column.share.label] = reason
-        failures = [{**rows[row], "row": row, "failed": why} for row, why in sorted(reasons.items())]
-        return Reading(np.stack(read, axis=-1).astype(np.float32), failures)
+        try:
+            for i, column in enumerate(self._columns):
+                if column.on_host is not None and not column.asks_device:
+                    read[i], failed = column.on_host(rows, references)
+                    for row, reason in failed.items():
+                        reasons.setdefault(row, {})[column.share.label] = reason
+        except UserError as error:
+            if distributed.hosts() == 1:
+                raise
+            return Reading(np.zeros((len(rows), 0), np.float32), [], str(error))
+        failures = [{**rows[row], "row": int(numbers[row]), "failed": why} for row, why in sorted(reasons.items())]
+        return Reading(np.stack([read[i] for i in sorted(read)], axis=-1).astype(np.float32), failures)
+
+    def _agreed(self, reading: Reading) -> Reading:
+        """The reading with the failures of all hosts; where two hosts hold the same rows, both take what the first says of them. A collective."""
+        if distributed.hosts() == 1:
+            return reading
+        distributed.raise_together(reading.error)
+        failures = sorted(itertools.chain(*distributed.exchange(reading.failures[:LOGGED])), key=lambda sample: sample["row"])
+        blocks = [sharding.host_rows(self._exp.mesh, number)[0] for number in range(distributed.hosts())]
+        columns = reading.columns
+        if len(set(blocks)) < len(blocks):
+            (columns, *_) = (theirs for theirs, held in zip(distributed.gathered(columns), blocks) if held == sharding.host_rows(self._exp.mesh)[0])
+            failures = list({sample["row"]: sample for sample in failures}.values())
+        return Reading(columns, failures)
 
     @functools.cache  # noqa: B019  one object a run
     def _jitted(self, validation: bool) -> Any:
@@ -164,10 +190,10 @@ class Rewards:
         """
         chex.assert_rank(rolled.truncated, 1)
         assert rolled.scores is not None
-        given = np.asarray(jax.device_get(rolled.scores if rolled.components is None else rolled.components)).reshape(-1, len(self._columns))
+        given = distributed.all_rows(rolled.scores if rolled.components is None else rolled.components).reshape(-1, len(self._columns))
         asked = [(number, column.share.label) for number, column in enumerate(self._columns) if column.pure is not None]
         found = []
-        for row, sample in enumerate(completions(self._exp, rolled, prompts)):
+        for row, sample in enumerate(completions(self._exp, rolled, prompts, fetch=distributed.all_rows)):
             reasons = {label: f"gave {given[row, number]}" for number, label in asked if not np.isfinite(given[row, number])}
             if reasons and sample["messages"] is not None:
                 found.append({**sample, "row": row, "failed": reasons})
@@ -216,8 +242,8 @@ class Rewards:
     def _learned(self, share: Share, source: Source, spec: NetworkSpec, key: str, tree: Callable[[PyTree], PyTree],
                  pure: Callable[[PyTree, Rollout], Array], moments: tuple[float, float]) -> Column:
         """On the policy's own tokens where tokenizer and template are the same, else on text."""
-        exp, own = self._exp, source.template
-        if source.reader(key).digest == exp.tokenizer.digest and (own is None or own.digest == exp.template.digest):
+        exp, template = self._exp, source.template
+        if source.reader(key).digest == exp.tokenizer.digest and (template is None or template.digest == exp.template.digest):
             return Column(share, pure=pure)
         assert spec.reward is not None
 
@@ -225,9 +251,10 @@ class Rewards:
             scores = Networks({}, {"reward": tree(frozen)}, spec).reward(seqs).scores
             return learned.normalise(masking.at_last_real(scores, seqs.segment_ids), *moments)
 
-        jitted, where = sharding.jit(score, exp.mesh), sharding.row_sharding(exp.mesh)
+        jitted, where = sharding.jit(score, exp.mesh, out_shardings=sharding.replicated(exp.mesh)), sharding.row_sharding(exp.mesh)
+        own = lambda seqs: jax.tree.map(lambda x: x[sharding.row_numbers(exp.mesh, len(x))], seqs)  # noqa: E731
         encoder = Encoder(source.reader(key), source.layout(key), max_length=spec.reward.context, prompt_length=None, overlong="truncate")
-        reward = host.RetokenisedReward(encoder, lambda seqs: jitted(exp.frozen, distributed.to_global(seqs, where)), bucket=RETOKENISED_BUCKET)
+        reward = host.RetokenisedReward(encoder, lambda seqs: jitted(exp.frozen, distributed.to_global(own(seqs), where)), bucket=RETOKENISED_BUCKET)
 
         def on_host(rows: Rows, references: list[Any]) -> tuple[np.ndarray, dict[int, str]]:
             scores = reward([row["messages"] for row in rows], [row["response"] for row in rows], [row["ended"] for row in rows])
@@ -262,7 +289,9 @@ def _moments(source: Source, asked: str) -> tuple[float, float]:
     return float(source.meta["reward_mean"]), float(source.meta["reward_std"])
 
 
-def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | None = None) -> Rows:
+def completions(
+    exp: Experiment, rolled: Rollout, prompts: Any, limit: int | None = None, fetch: Callable[[Any], np.ndarray] = distributed.own_rows
+) -> Rows:
     """The rollout's rows as text: prompt messages (None on filler rows), response without special tokens, whether it ended by itself.
     Waits for the device.
 
@@ -271,10 +300,11 @@ def completions(exp: Experiment, rolled: Rollout, prompts: Any, limit: int | Non
       rolled: [B, T].
       prompts: the set that the rollout's prompt ids belong to.
       limit: first rows only.
+      fetch: distributed.own_rows or all_rows.
     """
     chex.assert_rank([rolled.seqs.tokens, rolled.prompt_ids], [2, 1])
     tokens, segments, mask, ids, truncated = (
-        np.asarray(jax.device_get(x))[:limit]
+        fetch(x)[:limit]
         for x in (rolled.seqs.tokens, rolled.seqs.segment_ids, rolled.seqs.loss_mask, rolled.prompt_ids, rolled.truncated)
     )
     real = (segments != 0).any(-1)  # on the host: the loop's transfer guard forbids eager arithmetic on the device

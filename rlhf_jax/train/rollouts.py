@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax import distributed, sharding
+from rlhf_jax import sharding
 from rlhf_jax.train import refill, replay, schedule
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.multi_turn import Episodes
@@ -57,7 +57,7 @@ class Rollouts:
         self._group = exp.config["sampling"]["group_size"]
         self._where = sharding.row_sharding(exp.mesh)
         whole = sharding.replicated(exp.mesh)
-        self.draw = sharding.jit(draw, exp.mesh)
+        self.draw = sharding.jit(draw, exp.mesh, out_shardings=self._where)
         self._numbered = sharding.jit(functools.partial(_numbered, draw), exp.mesh, out_shardings=(self._where, whole))
         filled = tuple(self._where if name == "batch" else whole for name in refill.Filled._fields)
         fill = functools.partial(refill.fill, size=self._group)
@@ -134,8 +134,7 @@ class Rollouts:
           scored: with its scores.
         """
         chex.assert_rank(state.batch_index, 0)
-        host, (_, hosts) = self._exp.batch(0), distributed.host()
-        prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=self._where), host)
+        prompts = sharding.global_shapes(self._exp.batch(0), self._exp.mesh)
         drawn = (state.params, self.frozen(state), prompts, state.key, state.batch_index)
         if self._episodes is not None:
             self._episodes.trace(*drawn)
