@@ -167,6 +167,7 @@ def test_replies_carry_no_gradient_and_no_advantage(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(masked_sum(batch.rewards, mask), batch.scores - batch.truncated, atol=1e-5)  # the penalty for no end is 1
 
 
+@pytest.mark.slow
 def test_crash_and_resume(tmp_path: pathlib.Path) -> None:
     changes = {**UNEVEN, "log.samples": 8, "run.microbatches": 1}
     train(tiny("grpo_guess", changes), str(tmp_path / "whole"))
@@ -204,7 +205,7 @@ class Brittle(Guess):
         return super().step(state, response)
 
 
-@pytest.mark.parametrize("policy", ["mask", "default"])
+@pytest.mark.parametrize("policy", ["mask", pytest.param("default", marks=pytest.mark.slow)])
 def test_failures_are_counted_and_logged(policy: str, rollouts: list[Rollout], tmp_path: pathlib.Path) -> None:
     changes = {"env.name": f"{__name__}.Brittle", "reward_failure.policy": policy, "reward_failure.default": -1.0, "log.samples": 1,
                "run.batch_size": 16, "run.steps": 1}

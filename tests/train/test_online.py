@@ -121,7 +121,7 @@ def score_texts(run: pathlib.Path, texts: list[tuple[list[Any], str, bool]]) -> 
     return score_directly(run, host.padded_rows(tokens, bucket=8, max_length=encoder.max_length, pad_id=encoder.tokenizer.pad_id))
 
 
-@pytest.mark.parametrize("name", ["reward", "reward_smaller"])
+@pytest.mark.parametrize("name", ["reward", pytest.param("reward_smaller", marks=pytest.mark.slow)])
 def test_learned_reward_scores_the_rollouts_tokens(name: str, finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
     """A reward model as large as the policy, or smaller, reads exactly the tokens that are trained on, in one jitted iteration."""
     run = finished(name)
@@ -148,6 +148,7 @@ def test_reward_with_another_tokenizer_reads_the_text(finished: Any, tmp_path: p
     assert [float(score) for rolled in rollouts for score in rolled.scores] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_reward_normalisation(finished: Any, tmp_path: pathlib.Path) -> None:
     """The moments over the pairs that a validation reads are stored with the reward model, and PPO's scores are (raw − mean) / std."""
     run = finished("reward")
@@ -314,7 +315,7 @@ def test_critic_from_scratch(finished: Any) -> None:
     assert not same(networks["critic"]["ends"]["embedding"], networks["policy"]["ends"]["embedding"])
 
 
-@pytest.mark.parametrize("name", ["reward", "reward_smaller"])
+@pytest.mark.parametrize("name", ["reward", pytest.param("reward_smaller", marks=pytest.mark.slow)])
 def test_critic_from_the_reward_model(name: str, finished: Any) -> None:
     """All of it, its size included, and the score head is the value head."""
     reward = load_source(str(finished(name)), "test").params

@@ -74,7 +74,7 @@ MOMENTS = [(1, [], []), (2, [2], []), (3, [2], [3]), (4, [2, 4], [3]), (5, [2, 4
 
 
 @pytest.mark.parametrize(
-    ("number", "checkpoints", "best"), [pytest.param(*moment, marks=() if moment[0] in (3, 5) else pytest.mark.slow) for moment in MOMENTS]
+    ("number", "checkpoints", "best"), [pytest.param(*moment, marks=() if moment[0] == 5 else pytest.mark.slow) for moment in MOMENTS]
 )
 def test_crash_before_a_save(number: int, checkpoints: list[int], best: list[int], finished: Any, tmp_path: pathlib.Path) -> None:
     """Saves come in the order 2, best 3, 4, best 6, 6: wherever it breaks off, the best one is not lost."""
@@ -101,6 +101,7 @@ def test_newest_checkpoint_damaged(finished: Any, tmp_path: pathlib.Path) -> Non
     same_end(run, finished("uneven_sft"))
 
 
+@pytest.mark.slow
 def test_every_checkpoint_lost(finished: Any, tmp_path: pathlib.Path) -> None:
     """The run starts again, and so do its logs."""
     config, changes = command("uneven_ppo", finished)
@@ -141,7 +142,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("sft", "ppo") else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in CASES])
 def test_kill(name: str, finished: Any, tmp_path: pathlib.Path) -> None:
     """One kill, then the same command, which is the reader's `rlhf-jax train`."""
     whole = finished(f"uneven_{name}")

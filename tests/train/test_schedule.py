@@ -76,7 +76,7 @@ def slow(config: Any, ahead: int) -> tuple[list[Rollout], dict[str, np.ndarray]]
     return rollouts, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
 
 
-@pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ahead_against_a_loop_that_keeps_the_old_weights(ahead: int, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
     """The tokens, versions and updates are those of the definition; ahead = 0 is the same loop without old weights."""
     config = tiny("grpo", {**FAST, **WEIGHED, "run.steps": 4, "schedule.ahead": ahead})
@@ -108,6 +108,7 @@ def score(prompts, responses, references):
 '''
 
 
+@pytest.mark.slow
 def test_time_decides_nothing(tmp_path: pathlib.Path, importable: pathlib.Path) -> None:
     """Rewards that take as long as they like, in a thread of their own, a validation's too: no two calls at once."""
     (importable / "sleeper.py").write_text(SLEEPER)
@@ -221,7 +222,7 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "critic" else ()) for kind in ALL])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "ahead" else ()) for kind in ALL])
 def test_a_crash_anywhere_changes_nothing(kind: str, tmp_path: pathlib.Path, importable: pathlib.Path) -> None:
     """With rollouts in flight, a cursor, a memory and a moved reference in the checkpoint."""
     name, changes = ALL[kind]
@@ -235,7 +236,8 @@ def test_a_crash_anywhere_changes_nothing(kind: str, tmp_path: pathlib.Path, imp
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["ahead", pytest.param("refill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ahead", "refill"])
 def test_eight_devices(kind: str, tmp_path: pathlib.Path, importable: pathlib.Path) -> None:
     """The same tokens, dropped groups and replayed rows, and nearly the same parameters."""
     name, changes = ALL[kind]
