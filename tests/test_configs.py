@@ -165,10 +165,13 @@ OWN_PLUMBING = ("kto", "plackett_luce", "process_reward", "ppo_ptx", "nash_md", 
 DERIVED = [path for path in FILES if "like(__file__" in path.read_text()]
 
 
+def _slow(path: pathlib.Path, variant: str) -> Any:
+    return pytest.mark.slow if path in DERIVED and not (variant and path.stem in OWN_PLUMBING) else ()
+
+
 @pytest.mark.parametrize(
     ("path", "variant"),
-    [pytest.param(path, variant, id=f"{path.stem}-{variant}", marks=pytest.mark.slow if path in DERIVED and not (variant and path.stem in OWN_PLUMBING) else ())
-     for path in FILES for variant in ("", "tiny")],
+    [pytest.param(path, variant, id=f"{path.stem}-{variant}", marks=_slow(path, variant)) for path in FILES for variant in ("", "tiny")],
 )
 def test_step_traces(path: pathlib.Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exp = _abstract(path, variant, monkeypatch)
