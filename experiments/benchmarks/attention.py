@@ -1,8 +1,8 @@
 """Query blocks against all logits at once, attention alone, forward and gradient: milliseconds and their ratio, one JSON line per length of rows.
 
 The shape is W1's (8 query and 4 key heads of 32 features, float32), 2048 tokens in as many rows as that makes; both are jitted, and alternate in one
-process; medians. `steps` is models/causal.py's on a CPU, with each size of `--sizes`; with `--checkpoint` its blocks are recomputed in the backward
-pass. `temp` is what the compiled program holds besides arguments and results, MiB.
+process; medians. `steps` is models/causal.py's on a CPU, with each size of `--sizes`. `temp` is what the compiled program holds besides
+arguments and results, MiB.
 
     python experiments/benchmarks/attention.py --sizes 64,128,256,512
 """
@@ -28,7 +28,6 @@ flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "tokens of 
 flags.DEFINE_list("sizes", ["64", "128", "256", "512"], "queries of a block")
 flags.DEFINE_integer("window", 0, "tokens that a query sees; 0 = all")
 flags.DEFINE_integer("repeats", 20, "timed calls of each kind")
-flags.DEFINE_bool("checkpoint", False, "recompute the blocks in the backward pass")
 
 
 def whole(query: Any, key: Any, value: Any, segment_ids: Any, how: causal.How) -> Any:
@@ -55,7 +54,7 @@ def main(_: list[str]) -> None:
         kinds = {"whole": functools.partial(whole, how=how)}
         for size in map(int, options.sizes):
             if size < length:
-                kinds[f"steps of {size}"] = functools.partial(causal.stairs, how=how, size=size, again=options.checkpoint)
+                kinds[f"steps of {size}"] = functools.partial(causal.stairs, how=how, size=size)
         programs = {name: gradient(fn, *arguments) for name, fn in kinds.items()}
         times: dict[str, list[float]] = {name: [] for name in kinds}
         for _step in range(WARM + options.repeats):
@@ -65,7 +64,7 @@ def main(_: list[str]) -> None:
                 times[name].append(time.perf_counter() - before)
         median = {name: statistics.median(found[WARM:]) for name, found in times.items()}
         print(json.dumps({
-            "length": length, "rows": rows, "window": options.window, "checkpoint": options.checkpoint,
+            "length": length, "rows": rows, "window": options.window,
             **{f"{name}, ms": round(1e3 * value, 2) for name, value in median.items()},
             **{f"whole/{name}": round(median["whole"] / value, 2) for name, value in median.items() if name != "whole"},
             "temp": {name: round(run.memory_analysis().temp_size_in_bytes / 2**20, 1) for name, run in programs.items()},

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from rlhf_jax.models import kernels
 from rlhf_jax.models.attention import attend, seen
 from rlhf_jax.ops import partition
-from rlhf_jax.ops.backends import CAUSAL, SHORT, STAIR, platform
+from rlhf_jax.ops.backends import CAUSAL, LONG, STAIR, platform
 from rlhf_jax.types import Array
 
 BLOCK = 512  # queries whose logits exist at once under `blocks`
@@ -93,31 +93,30 @@ def method(query: Array, key: Array, how: How) -> str:
     takes = {
         "splash": divided and kernels.splash_takes(query),
         "cudnn": divided and partition.size("length") == 1 and kernels.cudnn_takes(query, how.softcap),
-        "stairs": length > SHORT and partition.size("length") == 1,
+        "stairs": length >= LONG and partition.size("length") == 1,
     }
     return wanted if takes.get(wanted, False) else "blocks"
 
 
-def stairs(query: Array, key: Array, value: Array, segment_ids: Array, how: How, size: int = 0, again: bool = False) -> Array:
-    """Query blocks one after the other, each against the keys that it may see: half of the products, less under a window.
+def stairs(query: Array, key: Array, value: Array, segment_ids: Array, how: How, size: int = 0) -> Array:
+    """Query blocks one after the other, each against the keys that it may see: half of the products, less under a window. Recomputing them in the
+    backward pass frees nothing on a CPU, whose compiler orders the blocks as it likes.
 
     Args:
       query, key, value: as of `attend_rows`.
       segment_ids: [B, T] int32.
       how: the rest.
       size: queries of a block; 0 = STAIR, more in rows so long that there would be many.
-      again: whether a block is computed again in the backward pass, its logits not kept.
     """
     chex.assert_rank([query, key, value, segment_ids], [4, 4, 4, 2])
     length = query.shape[1]
-    size = size or max(STAIR, length // 16)
-    block = jax.checkpoint(_whole, static_argnums=(5, 6, 7)) if again else _whole
+    size = size or max(STAIR, -(-length // 16))
     out = []
     for first in range(0, length, size):
         end = min(first + size, length)
         begin = max(0, first - how.window + 1) if how.window else 0
         of, to = slice(first, end), slice(begin, end)
-        out.append(block(query[:, of], key[:, to], value[:, to], segment_ids[:, of], segment_ids[:, to], first, begin, how))
+        out.append(_whole(query[:, of], key[:, to], value[:, to], segment_ids[:, of], segment_ids[:, to], first, begin, how))
     return jnp.concatenate(out, axis=1)
 
 

@@ -13,7 +13,7 @@ UNROLLING = ("cpu",)  # decode layer by layer; a TPU's layer scan with the cache
 JOINED_BELOW = 4 * 2**20  # bytes: kernels of one input and no larger are joined for decoding on an UNROLLING backend: a call costs more than they do
 ELEMENTWISE = ("cpu",)  # one query per row attends to a cache by sums of products; elsewhere by dots (models/attention.py)
 CAUSAL = {"cpu": "stairs", "tpu": "splash", "gpu": "cudnn"}  # how the queries of a whole row attend (models/causal.py); elsewhere in blocks
-SHORT, STAIR = 256, 128  # on a CPU: slots of a row which is no cheaper in steps, and queries of a step in a longer one
+LONG, STAIR = 128, 64  # on a CPU: slots from which a row attends in steps, and queries of a step (experiments/benchmarks/attention.py)
 INVERTING = ("cpu",)  # large vocabularies are drawn by inverting the distribution function (ops/categorical.py)
 
 

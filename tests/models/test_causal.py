@@ -86,7 +86,7 @@ def test_what_padding_holds_reaches_no_slot() -> None:
 @pytest.mark.parametrize(
     ("platform", "length", "dtype", "softcap", "taken"),
     [
-        ("cpu", 256, "float32", 0.0, "blocks"), ("cpu", 512, "float32", 0.0, "stairs"), ("tpu", 512, "bfloat16", 3.0, "splash"),
+        ("cpu", 127, "float32", 0.0, "blocks"), ("cpu", 128, "float32", 0.0, "stairs"), ("tpu", 512, "bfloat16", 3.0, "splash"),
         ("tpu", 100, "bfloat16", 0.0, "blocks"), ("tpu", 512, "float16", 0.0, "blocks"), ("gpu", 512, "bfloat16", 0.0, "cudnn"),
         ("gpu", 512, "float32", 0.0, "blocks"), ("gpu", 512, "bfloat16", 3.0, "blocks"), ("gpu", 511, "bfloat16", 0.0, "blocks"),
         ("gpu", 8192, "bfloat16", 0.0, "blocks"), ("metal", 512, "bfloat16", 0.0, "blocks"),
@@ -141,7 +141,7 @@ def test_no_array_of_a_training_pass_is_as_long_as_the_row_twice(platform, lengt
 def test_a_trunk_in_steps_is_the_trunk(monkeypatch):
     run = lambda: tiny.jit(jax.value_and_grad(functools.partial(nll, SMALL)))(tiny.params(SMALL), tiny.rows(4, 30))  # noqa: E731
     whole = run()
-    monkeypatch.setattr(causal, "SHORT", 8)
+    monkeypatch.setattr(causal, "LONG", 8)
     monkeypatch.setattr(causal, "STAIR", 8)
     tiny.near(run(), whole)
 
