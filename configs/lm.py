@@ -87,6 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
         data=1, fsdp=-1, expert=1,
         sequence=1,  # over which the tokens of a row are spread, for long contexts; divides max_length, or prompt_length + max_new_tokens
         tensor=1, devices=0,  # devices 0 = all
+        slices=1,  # TPU slices of a multislice job, which data is laid across
+        rules="tensor",  # what the axis tensor does: tensor (splits kernels and what they compute) | fsdp2d (splits kernels and rows, as fsdp)
         multihost=False, heartbeat=100,  # several processes, see rlhf_jax/distributed.py; seconds after which a silent one counts as dead
     ))
     c.log = ConfigDict(dict(every=10, samples=0, tensorboard=True, wandb=""))  # wandb: a project's name

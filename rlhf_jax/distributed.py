@@ -22,14 +22,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.ops.partition import SECOND
 from rlhf_jax.types import PyTree
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # what speaks most comes last: its devices are neighbours
+RULES = ("tensor", "fsdp2d")  # config.mesh.rules
 ADDRESS, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"  # JAX itself reads the first one only
 SAID = 3  # differences between hosts that a message names
 
@@ -181,16 +183,21 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, A
         yield key, old, new
 
 
-def make_mesh(sizes: Mapping[str, int], devices: int = 0, available: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of axes `data`, `fsdp`, `expert`, `sequence`, `tensor`.
+def make_mesh(
+    sizes: Mapping[str, int], devices: int = 0, available: Sequence[Any] | None = None, *, slices: int = 1, rules: str = "tensor"
+) -> Mesh:
+    """The mesh of axes `data`, `fsdp`, `expert`, `sequence`, `tensor`; with the rules "fsdp2d" the last one is called `fsdp2`: sharding has a table
+    for each.
 
     Args:
       sizes: devices along each axis, 1 where it is not named; one of them may be -1, which takes what is left.
       devices: use this many devices only; 0 = all.
       available: the devices to choose from, e.g. those of a topology that programs are compiled for; None = this machine's.
+      slices: config.mesh.slices, TPU slices joined by a slower network, which `data` alone is laid across.
+      rules: config.mesh.rules, one of RULES.
 
     Raises:
-      UserError: the product of the sizes is not the number of devices.
+      UserError: the product of the sizes is not the number of devices, or slices that are not there.
     """
     available = jax.devices() if available is None else list(available)
     if devices > len(available):
@@ -210,7 +217,37 @@ def make_mesh(sizes: Mapping[str, int], devices: int = 0, available: Sequence[An
         )
     if len(chosen) > 1 and chosen[0].platform == "cpu":
         _compile_afresh()
-    return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    names = tuple(SECOND if name == "tensor" and rules == "fsdp2d" else name for name in AXES)
+    return Mesh(arranged(chosen, shape, slices, whole=len(chosen) == len(available)), names, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(devices: Sequence[Any], shape: Sequence[int], slices: int, whole: bool = True) -> np.ndarray:
+    """The devices in the mesh's shape: on TPUs so that axes lie along the torus, the last ones nearest, and `data` goes across slices first.
+
+    Args:
+      devices: as many as the shape holds.
+      shape: of the mesh, `data` first.
+      slices: see `make_mesh`; without TPUs, equal parts of the devices stand for them.
+      whole: the devices are all there are; of a part nobody knows that it is a torus.
+
+    Raises:
+      UserError: `data` is no multiple of the slices, or TPUs lie on another number of them.
+    """
+    if shape[0] % slices:
+        raise UserError(f"config.mesh.data = {shape[0]} is no multiple of config.mesh.slices = {slices}: the network between slices carries data "
+                        "parallelism only; choose a multiple")
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    found = len({device.slice_index for device in devices})
+    if found != slices:
+        raise UserError(f"config.mesh.slices = {slices}, but the {len(devices)} chips here lie on {found}: set it to {found}, and config.mesh.data "
+                        "to a multiple of it")
+    if not whole:
+        return np.array(devices).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), across, devices, allow_split_physical_axes=True)
 
 
 def _compile_afresh() -> None:

@@ -1,14 +1,19 @@
 """Logical axes → shardings, and the one place that jits with a mesh and donation.
 
-One table says which mesh axes carry which logical axis. Parameters are sharded over `fsdp`, `tensor` and (experts) `expert`, rows over `data`, `fsdp`
-and `expert`, the slots of activations over `sequence`; optimizer state follows its parameter. A batch is placed by rows: its integers are little
-beside the activations, and a device takes those of its slots. Nothing below this file knows a mesh.
+A table says which mesh axes carry which logical axis; which one, the mesh's axes say, which config.mesh.rules names (distributed.make_mesh):
+- "tensor": parameters over `fsdp`, `tensor` and (experts) `expert`, rows over `data`, `fsdp` and `expert`. Plain data parallelism (parameters whole
+  on every device), FSDP alone and tensor parallelism alone are shapes of this mesh: all devices on `data`, on `fsdp`, on `tensor`.
+- "fsdp2d": the same parameters, and so the same memory, but rows over all axes: what "tensor" computes in parts, every device computes whole for its
+  own rows, from kernels that are gathered along two short axes in place of one long one.
+In both the slots of activations lie over `sequence`. Optimizer state follows its parameter. A batch is placed by rows: its integers are little beside
+the activations, and a device takes those of its slots. Nothing below this file knows a mesh.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +23,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.ops.partition import MeshAxes, axis_rules
+from rlhf_jax.ops.partition import SECOND, MeshAxes, axis_rules
 from rlhf_jax.types import PyTree
 
 RULES: dict[str, MeshAxes] = {
@@ -35,11 +40,26 @@ RULES: dict[str, MeshAxes] = {
     "beside_fsdp": ("data", "expert"),  # rows
     "vocab_fsdp": ("tensor", "fsdp"),
 }
+_SECOND: dict[str, MeshAxes] = {**{name: SECOND if axes == "tensor" else axes for name, axes in RULES.items()}, "vocab_fsdp": (SECOND, "fsdp")}
+_BATCH: MeshAxes = ("data", "fsdp", "expert", SECOND)
+_WHOLE = {name: None if axes == SECOND else axes for name, axes in _SECOND.items()}  # an axis that splits rows splits nothing else of an activation
+
+
+def rules(mesh: Mesh, *, parameters: bool = False) -> Mapping[str, MeshAxes]:
+    """What the logical axes mean on this mesh, of activations or of parameters.
+
+    Args:
+      mesh: from distributed.make_mesh.
+      parameters: which of the two.
+    """
+    if SECOND not in mesh.axis_names:
+        return RULES
+    return _SECOND if parameters else {**_WHOLE, "batch": _BATCH}
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays that lead with B."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(rules(mesh)["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -54,7 +74,7 @@ def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def row_devices(mesh: Mesh) -> int:
     """Over how many devices rows are split; batch sizes are multiples of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    return math.prod(mesh.shape[axis] for axis in rules(mesh)["batch"] or ())
 
 
 def host_rows(mesh: Mesh, host: int | None = None) -> tuple[tuple[int, ...], int]:
@@ -92,6 +112,11 @@ def global_shapes(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * count // len(blocks), *x.shape[1:]), x.dtype, sharding=where), batch)
 
 
+def row_axes(mesh: Mesh) -> str:
+    """The axes that rows are split over, as the config calls them, for messages."""
+    return " × ".join("tensor" if axis == SECOND else axis for axis in rules(mesh)["batch"] or ())
+
+
 def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     """A NamedSharding per parameter.
 
@@ -104,17 +129,19 @@ def parameter_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
       UserError: a mesh axis does not divide the dimension that it should split, a vocabulary apart, which is left whole then.
     """
 
+    table: Any = rules(mesh, parameters=True)
+
     def one(path: Any, shape: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        spec = [None if name is None else RULES[name] for name in names]
+        spec = [None if name is None else table[name] for name in names]
         for i, (size, name, axis) in enumerate(zip(shape.shape, names, spec, strict=True)):
             if name == "vocab" and size % mesh.shape[axis]:  # a checkpoint's odd vocabulary is no mistake of the user's
-                logging.log_first_n(logging.WARNING, "the %d entries of the vocabulary are not split over the %d devices of config.mesh.%s", 1, size,
-                                    mesh.shape[axis], axis)
+                logging.log_first_n(logging.WARNING, "the %d entries of the vocabulary are not split over the %d devices of the mesh's axis %s", 1,
+                                    size, mesh.shape[axis], axis)
                 spec[i] = None
         for size, name, axis in zip(shape.shape, names, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"config.mesh.{axis} = {mesh.shape[axis]} does not divide the {size} of axis {name!r} in "
+                    f"config.mesh.{'tensor' if axis == SECOND else axis} = {mesh.shape[axis]} does not divide the {size} of axis {name!r} in "
                     f"{jax.tree_util.keystr(path)}: choose a divisor, or change the model's size"
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -175,7 +202,7 @@ def jit(fn: Callable[..., Any], mesh: Mesh, *, out_shardings: Any = None, donate
 
     @functools.wraps(fn)
     def traced(*args: Any) -> Any:
-        with axis_rules(mesh, RULES):
+        with axis_rules(mesh, rules(mesh)):
             return fn(*args)
 
     options = {} if out_shardings is None else {"out_shardings": out_shardings}

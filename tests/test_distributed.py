@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import types
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -43,6 +47,35 @@ def test_a_mesh_may_be_made_of_devices_that_are_named():
     assert list(distributed.make_mesh(sizes(1, 2, 1), 2, named).devices.ravel()) == named[:2]
     with pytest.raises(UserError, match=r"config\.mesh\.devices = 5, but 4 are here"):
         distributed.make_mesh(sizes(1, 5, 1), 5, named)
+
+
+def chips(*cube: int, slices: int = 1) -> list[Any]:
+    """What JAX says of the chips of TPU slices, in the order of hosts with 2 × 2 chips each."""
+    x, y, z = cube
+    at = sorted(itertools.product(range(x), range(y), range(z)), key=lambda c: (c[2], c[1] // 2, c[0] // 2, c[1], c[0]))
+    return [types.SimpleNamespace(id=n + s * len(at), platform="tpu", device_kind="TPU v5", coords=c, core_on_chip=0, slice_index=s)
+            for s in range(slices) for n, c in enumerate(at)]
+
+
+def test_on_a_torus_the_last_axes_are_neighbours():
+    found = distributed.arranged(chips(4, 4, 4), [1, 16, 1, 4], 1)
+    assert found.shape == (1, 16, 1, 4)
+    for ring in found.reshape(16, 4):  # each a ring of four along one axis of the torus
+        assert sum(len({chip.coords[i] for chip in ring}) > 1 for i in range(3)) == 1
+    assert distributed.arranged(chips(4, 2, 1), [2, 2, 1, 2], 1).size == 8  # an axis of the torus may be split
+    assert [chip.id for chip in distributed.arranged(chips(4, 2, 1)[:4], [1, 4, 1, 1], 1, whole=False).ravel()] == [0, 1, 2, 3]
+
+
+def test_data_alone_goes_across_slices():
+    found = distributed.arranged(chips(2, 2, 1, slices=2), [4, 1, 1, 2], 2)
+    assert [{chip.slice_index for chip in part.ravel()} for part in found] == [{0}, {0}, {1}, {1}]
+    simulated = distributed.make_mesh(sizes(4, 1, 2), slices=2)
+    assert list(simulated.devices.ravel()) == jax.devices()
+    with pytest.raises(UserError, match=r"config\.mesh\.data = 3 is no multiple of config\.mesh\.slices = 2"):
+        distributed.make_mesh(sizes(3, 1, 1), 3, slices=2)
+    for slices in (1, 4):
+        with pytest.raises(UserError, match=rf"config\.mesh\.slices = {slices}, but the 8 chips here lie on 2: set it to 2"):
+            distributed.arranged(chips(2, 2, 1, slices=2), [4, 1, 1, 2], slices)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.models import tiny
 from tests.objectives.settings import bound
 from tests.train import trainable
 
-MESHES = {"data": ((8, 1, 1), 0), "fsdp": ((1, 8, 1), 0), "all": ((2, 2, 2), 0), "tensor": ((1, 1, 2), 2)}
+MESHES = {"fsdp2d": ((1, 4, 2), 0), "data": ((8, 1, 1), 0), "fsdp": ((1, 8, 1), 0), "all": ((2, 2, 2), 0), "tensor": ((1, 1, 2), 2)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,7 +30,7 @@ def _uncached():
 
 def mesh(name: str):
     sizes, devices = MESHES[name]
-    return distributed.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), devices)
+    return distributed.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), devices, rules=name if name in distributed.RULES[1:] else "tensor")
 
 
 def shardings(on, config, name: str):
@@ -62,7 +62,7 @@ def test_every_kind_of_batch_is_tested_in_ci():
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("where", MESHES)
+@pytest.mark.parametrize("where", [pytest.param(where, marks=pytest.mark.slow if where == "fsdp2d" else ()) for where in MESHES])
 def test_loss_metrics_and_gradients_are_those_of_one_device(name, where):
     on = mesh(where)
     spec, params, frozen, batch = placed(name, on)
@@ -162,6 +162,16 @@ def test_an_axis_that_does_not_divide_is_named(changes, sizes, said):
     on = distributed.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)))
     with pytest.raises(UserError, match=said):
         shardings(on, tiny.config(**{"vocab_size": 16, **changes}), "policy")
+
+
+def test_two_axes_may_split_parameters_and_rows_alike():
+    on = distributed.make_mesh({"fsdp": 4, "tensor": 2}, rules="fsdp2d")
+    where = shardings(on, tiny.config(vocab_size=16), "policy")["policy"]
+    assert where["layers"]["0"]["query"]["kernel"].spec == PartitionSpec("fsdp", "fsdp2")
+    assert sharding.row_devices(on) == 8 and held(jax.device_put(jnp.zeros((8, 3)), sharding.row_sharding(on))) == (1, 3)
+    assert sharding.row_axes(on) == "data × fsdp × expert × tensor" and sharding.row_axes(mesh("all")) == "data × fsdp × expert"
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor = 8 does not divide the 4 of axis 'kv_heads'"):
+        shardings(distributed.make_mesh({"tensor": 8}, rules="fsdp2d"), tiny.config(vocab_size=16, kv_heads=1, head_dim=4), "policy")
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide_stays_whole():

@@ -68,8 +68,9 @@ class Planner:
           UserError: a mesh that does not divide, or a program that the run has not.
         """
         config = config or self.config
-        sizes = {axis: config["mesh"][axis] for axis in distributed.AXES}
-        mesh = distributed.make_mesh(sizes, config["mesh"]["devices"], self.devices)
+        section = config["mesh"]
+        sizes = {axis: section[axis] for axis in distributed.AXES}
+        mesh = distributed.make_mesh(sizes, section["devices"], self.devices, slices=section["slices"], rules=section["rules"])
         exp, notes = outline(config, self.objective, mesh)
         plain, _ = outline({**config, "model": {**config["model"], "remat": "none", "logits_chunk": 0}}, self.objective, mesh)
         every, without = programs(exp), programs(plain)

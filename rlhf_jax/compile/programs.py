@@ -111,7 +111,7 @@ def _sampling(exp: Experiment, state: TrainState, frozen: PyTree, prompts: Promp
 def _cache_sharding(mesh: Any, rank: int) -> Any:
     """Of a cache leaf […, B, G, ·, ·]: rows and heads, as models/cache.py pins it."""
     names = (*(None,) * (rank - 4), "batch", "kv_heads", None, None)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None if name is None else sharding.RULES[name] for name in names)))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None if name is None else sharding.rules(mesh)[name] for name in names)))
 
 
 def _training(exp: Experiment, state: TrainState, frozen: PyTree, batch: PyTree) -> list[Program]:

@@ -18,7 +18,6 @@ from typing import Any
 from rlhf_jax.compile.chips import Topology
 from rlhf_jax.compile.measure import Measured, total
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.sharding import RULES
 
 BEST = 3  # candidates that are compiled
 REMATS = ("none", "dots", "full")
@@ -30,15 +29,16 @@ _LONGEST_RING = 16  # chips over which an all-gather stays one on a three-dimens
 class Candidate:
     """One way of laying the run out."""
 
-    mesh: Mapping[str, int]
+    mesh: Mapping[str, Any]  # config.mesh's axes and rules
     microbatches: int
     remat: str
     bound: float  # seconds of one batch, at least, by our own count
     bytes: float  # of a chip's HBM, by our own guess
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1) or "one chip"
-        return f"{sizes} microbatches={self.microbatches} remat={self.remat}"
+        sizes = " ".join(f"{axis}={size}" for axis, size in self.mesh.items() if axis != "rules" and size > 1) or "one chip"
+        rules = " rules=fsdp2d" if self.mesh["rules"] == "fsdp2d" else ""
+        return f"{sizes}{rules} microbatches={self.microbatches} remat={self.remat}"
 
     def apply(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config with this layout.
@@ -65,7 +65,7 @@ def candidates(config: Mapping[str, Any], models: Mapping[str, ModelConfig], tra
     first = next(iter(models.values()))
     found = []
     for mesh in _meshes(topology.chips, first):
-        across = math.prod(mesh[axis] for axis in RULES["batch"] or ())
+        across = topology.chips // (1 if mesh["rules"] == "fsdp2d" else mesh["tensor"])
         for microbatches, remat in itertools.product(_powers(rows), REMATS):
             if rows % microbatches or (rows // microbatches) % across:
                 continue
@@ -79,7 +79,7 @@ def _powers(limit: int) -> list[int]:
     return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
 
 
-def _meshes(chips: int, model: ModelConfig) -> Iterator[dict[str, int]]:
+def _meshes(chips: int, model: ModelConfig) -> Iterator[dict[str, Any]]:
     """Meshes over all chips whose axes divide the network."""
     for tensor in _powers(min(model.kv_heads, 16)):
         for expert in _powers(model.experts) if model.experts else [1]:
@@ -89,7 +89,10 @@ def _meshes(chips: int, model: ModelConfig) -> Iterator[dict[str, int]]:
             left = chips // (tensor * expert)
             for fsdp in _powers(left):
                 if left % fsdp == 0 and model.hidden % fsdp == 0:
-                    yield {"data": left // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                    mesh = {"data": left // fsdp, "fsdp": fsdp, "expert": expert, "sequence": 1, "tensor": tensor}
+                    yield {**mesh, "rules": "tensor"}
+                    if tensor > 1 and fsdp > 1:
+                        yield {**mesh, "rules": "fsdp2d"}
 
 
 def _parameters(model: ModelConfig) -> tuple[float, float]:
@@ -101,31 +104,29 @@ def _parameters(model: ModelConfig) -> tuple[float, float]:
     return float(model.layers * (attention + mlp)), float(tables)
 
 
-def _bound(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapping[str, int], topology: Topology, tokens: int, microbatches: int,
+def _bound(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapping[str, Any], topology: Topology, tokens: int, microbatches: int,
            remat: str) -> float:
-    chip, chips, seconds = topology.chip, topology.chips, 0.0
+    chip, chips, seconds, width = topology.chip, topology.chips, 0.0, 2.0  # bytes of what is gathered
+    both = mesh["rules"] == "fsdp2d"
+    held, tensor = mesh["fsdp"] * (mesh["tensor"] if both else 1), 1 if both else mesh["tensor"]
     for name, model in models.items():
         kernels, tables = _parameters(model)
         active = kernels * (model.experts_per_token / model.experts if model.experts else 1.0)
         passes = 1.0 if name not in trained else 3.0 + {"none": 0.0, "dots": 0.15, "full": 1.0}[remat]
         compute = 2.0 * (active + tables / 2) * tokens * passes / chips / chip.flops / EFFICIENCY
-        width = 2.0  # bytes of what is gathered
-        held, ring = mesh["fsdp"], mesh["fsdp"]
-        gathered = width * kernels / mesh["tensor"] / mesh["expert"] * (held - 1) / held * microbatches * min(passes, 3.0)
-        if len(topology.shape) == 3 and ring > _LONGEST_RING:
+        own = width * kernels / tensor / mesh["expert"]  # of a chip's kernels, gathered
+        gathered = own * (held - 1) / held * microbatches * min(passes, 3.0)
+        if len(topology.shape) == 3 and mesh["fsdp"] > _LONGEST_RING:
             gathered *= 2.0
-        reduced = 2.0 * width * kernels / mesh["tensor"] / mesh["expert"] / held * (mesh["data"] - 1) / mesh["data"] if name in trained else 0.0
-        share = tokens / (chips / mesh["tensor"])
-        activations = 2.0 * 2.0 * width * model.layers * share * model.hidden * (mesh["tensor"] - 1) / mesh["tensor"] * min(passes, 3.0)
-        links = (gathered + reduced + activations) / chip.links
-        state = (kernels + tables) / (chips / mesh["data"]) * (28.0 if name in trained else 0.0)
-        read = width * kernels / mesh["tensor"] / mesh["expert"] * microbatches * passes
-        memory = (state + read) / chip.bandwidth
-        seconds += max(compute, links, memory)
+        reduced = 2.0 * own / held * (mesh["data"] - 1) / mesh["data"] if name in trained else 0.0
+        activations = 4.0 * width * model.layers * tokens / chips * tensor * model.hidden * (tensor - 1) / tensor * min(passes, 3.0)
+        state = (kernels + tables) / (held * tensor) * (28.0 if name in trained else 0.0)
+        read = own * microbatches * passes
+        seconds += max(compute, (gathered + reduced + activations) / chip.links, (state + read) / chip.bandwidth)
     return seconds
 
 
-def _bytes(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapping[str, int], moments: str, tokens: int, remat: str) -> float:
+def _bytes(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapping[str, Any], moments: str, tokens: int, remat: str) -> float:
     """Of a chip, for parameters, optimizer and the activations that the backward pass of one microbatch keeps."""
     found = 0.0
     for name, model in models.items():
@@ -133,7 +134,8 @@ def _bytes(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapp
         held = (kernels + tables) / (mesh["fsdp"] * mesh["tensor"])
         width = 4 if model.param_dtype == "float32" else 2
         found += held * (width + (4 + 2 * (4 if moments == "float32" else 2) if name in trained else 0))
-        found += 2.0 * kernels / mesh["tensor"] / max(model.layers, 1) * 2  # a layer gathered, and the next
+        whole = 1 if mesh["rules"] == "fsdp2d" else mesh["tensor"]
+        found += 2.0 * kernels / whole / max(model.layers, 1) * 2  # a layer gathered, and the next
         if name in trained:
             kept = {"none": 34.0, "dots": 18.0, "full": 2.0}[remat]
             found += kept * tokens * model.hidden * model.layers + 40.0 * tokens * model.hidden

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.types import Array
 
 MeshAxes = str | tuple[str, ...] | None
+SECOND = "fsdp2"  # what the mesh axis `tensor` is called where it splits parameters and rows, as `fsdp` does
 _context: contextvars.ContextVar[tuple[Mesh, Mapping[str, MeshAxes]] | None] = contextvars.ContextVar("axis_rules", default=None)
 
 

@@ -199,17 +199,19 @@ def _frozen_networks(model: ModelConfig, reward: Source | None, reference: Sourc
 
 def _mesh(config: Mapping[str, Any], objective: Objective, given: Mesh | None) -> Mesh:
     """The run's devices, over which its rows divide."""
-    mesh = given or distributed.make_mesh({axis: config["mesh"][axis] for axis in distributed.AXES}, config["mesh"]["devices"])
+    section = config["mesh"]
+    sizes = {axis: section[axis] for axis in distributed.AXES}
+    mesh = given or distributed.make_mesh(sizes, section["devices"], slices=section["slices"], rules=section["rules"])
     check_lengths(config, mesh.shape["sequence"])
     if not all(sharding.host_rows(mesh, host)[0] for host in range(distributed.hosts())):
         raise UserError(f"config.mesh.devices = {config['mesh']['devices']} leaves a host of {distributed.hosts()} without a device: set it to 0")
     per_pass = trained_rows(config, objective) // (config["run"]["minibatches"] * config["run"]["microbatches"])
     if per_pass % sharding.row_devices(mesh):
         raise UserError(f"config.run.batch_size = {config['run']['batch_size']} gives {per_pass} rows a microbatch, which the "
-                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.{sharding.row_axes(mesh)} do not divide")
     if (fresh := config["run"]["batch_size"] - schedule.replayed_rows(config)) % sharding.row_devices(mesh):
         raise UserError(f"config.schedule.replay = {schedule.of(config).replay:g} leaves {fresh} rows to sample, which the "
-                        f"{sharding.row_devices(mesh)} devices of config.mesh.data × fsdp × expert do not divide")
+                        f"{sharding.row_devices(mesh)} devices of config.mesh.{sharding.row_axes(mesh)} do not divide")
     return mesh
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import envs, objectives
+from rlhf_jax import distributed, envs, objectives
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.models import families
 from rlhf_jax.models.cache import KINDS as CACHES
@@ -76,7 +76,8 @@ SCHEMA: dict[str, Any] = {
         "dora": bool, "base": ("same", "bfloat16", "int8", "nf4"),
     },
     "mesh": {
-        "data": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int, "devices": COUNT, "multihost": bool, "heartbeat": NATURAL,  # seconds
+        "data": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int, "devices": COUNT, "slices": NATURAL, "rules": distributed.RULES,
+        "multihost": bool, "heartbeat": NATURAL,  # seconds
     },
     "log": {"every": NATURAL, "samples": COUNT, "tensorboard": bool, "wandb": str},
 }

@@ -56,7 +56,7 @@ def all_of(commands: Sequence[Sequence[str]], timeout: float = 300.0, devices: i
 
 def commands(jobs: Sequence[Job], hosts: int) -> list[list[str]]:
     """What each host is started with to do all jobs."""
-    shared = {**MESH, "mesh.multihost": hosts > 1, "mesh.heartbeat": 10}
+    shared = {**MESH, "mesh.multihost": hosts > 1}
     return [["-m", "tests.train.hosts", json.dumps([(name, {**shared, **changes}, workdir) for name, changes, workdir in jobs], default=str)]] * hosts
 
 

@@ -88,8 +88,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def killed(folder: pathlib.Path) -> list[subprocess.CompletedProcess[str]]:
     """Refusals, and then a run whose second process is killed."""
-    refused = [("sft", {**UNEVEN, **changes}, [str(folder / name / "0"), str(folder / name / "1")]) for name, (changes, _) in REFUSED.items()]
-    return trained([*refused, (*JOBS["sft"], str(folder / "2 sft"))], 2)
+    quick = {"mesh.heartbeat": 15}  # until the survivor notices; on a busy machine a living process may be silent for 10 s
+    places = {name: [str(folder / name / host) for host in "01"] for name in REFUSED}
+    refused = [("sft", {**UNEVEN, **quick, **changes}, places[name]) for name, (changes, _) in REFUSED.items()]
+    return trained([*refused, ("sft", {**JOBS["sft"][1], **quick}, str(folder / "2 sft"))], 2)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_two_processes_of_two_devices_are_one_of_four_to_rounding(folder: pathli
 
 @pytest.mark.slow
 def test_a_stuck_reward_of_one_host_ends_both(folder: pathlib.Path) -> None:
-    changes = {**JOBS["ppo"][1], "reward_fn": "tests.train.hosts.stuck", "run.watchdog": 8.0, "mesh.heartbeat": 100}
+    changes = {**JOBS["ppo"][1], "reward_fn": "tests.train.hosts.stuck", "run.watchdog": 8.0}
     ended = trained([("ppo", changes, folder / "stuck")], 2)
     assert [process.returncode for process in ended] == [HUNG, HUNG], [process.stderr for process in ended]
     assert all("a step at step 3 has not ended after 8 s" in process.stderr for process in ended)
@@ -188,7 +190,7 @@ def test_preempted_together(two: pathlib.Path, one: pathlib.Path) -> None:
     """SIGTERM to one host: both save at one step and end with 75; the same command ends as the run that nobody disturbed."""
     run, port = two / "preempted", free_port()
     ((_, changes, _),) = whole({"sft": JOBS["sft"]}, two, 2)
-    command = ["-m", "rlhf_jax.cli.main", "train", *arguments("sft", {**MESH, **changes, "mesh.multihost": True, "mesh.heartbeat": 10}, run)]
+    command = ["-m", "rlhf_jax.cli.main", "train", *arguments("sft", {**MESH, **changes, "mesh.multihost": True}, run)]
     started = [start(command, index, 2, port) for index in range(2)]
     while not (run / "metrics.jsonl").exists() and all(process.poll() is None for process in started):
         time.sleep(0.02)
