@@ -238,7 +238,7 @@ def arranged(devices: Sequence[Any], shape: Sequence[int], slices: int, whole: b
                         "parallelism only; choose a multiple")
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
-    found = len({device.slice_index for device in devices})
+    found = len({getattr(device, "slice_index", 0) for device in devices})  # a single slice of a topology has none
     if found != slices:
         raise UserError(f"config.mesh.slices = {slices}, but the {len(devices)} chips here lie on {found}: set it to {found}, and config.mesh.data "
                         "to a multiple of it")

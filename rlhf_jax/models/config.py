@@ -17,7 +17,7 @@ from rlhf_jax.errors import UserError, nearest
 
 OUTPUTS = ("lm", "value", "score")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "dots", "offload"),
     "param_dtype": ("float32", "bfloat16"),
     "compute_dtype": ("float32", "bfloat16"),
     "norm": ("rms", "layer"),
@@ -100,7 +100,9 @@ class ModelConfig:
     param_dtype: str  # of the trained parameters
     compute_dtype: str  # of activations; norms, softmax and log-probs are float32 whatever it is
     scan_layers: bool  # one compiled layer of each kind, scanned; False unrolls. The checkpoint is the same
-    remat: str  # "none" | "full" | "dots": what the backward pass recomputes
+    # What the backward pass recomputes: "none" | "dots" all but the projections | "full" whole layers from their inputs | "offload" as full, and the
+    # inputs wait in the host's memory. Each needs less of the device's memory than the one before and, dots and full, more time (up to a third).
+    remat: str
     logits_chunk: int  # positions of a row whose logits exist at once; 0 = all
     outputs: tuple[str, ...] = ("lm",)  # heads: "lm", "value", "score"
 

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.models import layout, moe, rope
 from rlhf_jax.models.attention import Mask, forked
@@ -28,6 +29,8 @@ from rlhf_jax.models.layers import Norm, drop, logical, perturb, pin
 from rlhf_jax.ops import partition
 from rlhf_jax.ops.partition import constrain
 from rlhf_jax.types import Array, PyTree
+
+RESIDUAL = "residual"  # the stream between layers
 
 
 class Ends(nn.Module):
@@ -136,19 +139,28 @@ def logical_axes(config: ModelConfig) -> PyTree:
     return layout.axes_to_runtime(names, config.unit)
 
 
+def _kept(remat: str) -> Any:
+    """What jax.checkpoint keeps of a layer besides its input: nothing, or the results of its projections. "offload" keeps the input too off the device,
+    so that of B·T·D numbers per layer none wait there for the backward pass; they cross to the host's memory and back once."""
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL], offload_src="device",
+                                                          offload_dst="pinned_host")
+    return policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+
+
 def _layers(config: ModelConfig, params: PyTree, x: Array, tables: Any, mask: Mask | Rows, keys: Array | None, cache: Cache | None,
             slot: Array | int | None, reads: int = 0) -> tuple[Array, Cache | None, list[Choices]]:
     """The stack of blocks: whole units scanned, the rest unrolled; the cache goes along as scan inputs and outputs. What comes out begins at slot
     `reads`."""
 
     def apply(kind: int, reads: int, x: Array, layer: PyTree, index: Array | int, cache: Cache | None) -> tuple[Array, Cache | None, Choices | None]:
+        x = checkpoint_name(x, RESIDUAL)
         out: Any = _block(config, kind).apply({"params": layer}, x, tables, mask, keys, index, cache, slot, reads)
         return out
 
-    if config.remat == "full":
-        apply = jax.checkpoint(apply, static_argnums=(0, 1))
-    elif config.remat == "dots":
-        apply = jax.checkpoint(apply, static_argnums=(0, 1), policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if config.remat != "none":
+        apply = jax.checkpoint(apply, static_argnums=(0, 1), policy=_kept(config.remat))
 
     layers, unit = params["layers"], config.unit
     new_cache: dict[str, Any] = {}

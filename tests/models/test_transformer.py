@@ -159,7 +159,7 @@ def test_a_query_that_may_see_nothing_is_finite_with_a_finite_gradient():
 # --- recomputation and precision ---
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_remat_changes_neither_loss_nor_gradient(remat, scan):
     plain, other = tiny.config(scan_layers=scan), tiny.config(scan_layers=scan, remat=remat)
