@@ -140,8 +140,8 @@ def logical_axes(config: ModelConfig) -> PyTree:
 
 
 def _kept(remat: str) -> Any:
-    """What jax.checkpoint keeps of a layer besides its input: nothing, or the results of its projections. "offload" keeps the input too off the device,
-    so that of B·T·D numbers per layer none wait there for the backward pass; they cross to the host's memory and back once."""
+    """What jax.checkpoint keeps of a layer besides its input: nothing, or the results of its projections. "offload" keeps the input too off the
+    device, so that of B·T·D numbers per layer none wait there for the backward pass; they cross to the host's memory and back once."""
     policies = jax.checkpoint_policies
     if remat == "offload":
         return policies.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL], offload_src="device",
