@@ -50,6 +50,8 @@ def initialize(multihost: bool, heartbeat: int = 100) -> None:
         return
     # A host that fails waits at exit for the others, which wait for it: no longer than they would wait for a dead one.
     limits: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
+    # Gloo, which CPUs talk by, matches collectives by their order alone: programs of a process must not overlap. (No matter on TPUs and GPUs.)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**_by_hand(), **limits)
     except ValueError as error:
