@@ -6,7 +6,9 @@ config.run.watchdog, 1 anything else. `launch` goes by them: it restarts what wa
 
 from __future__ import annotations
 
+import glob
 import importlib
+import importlib.util
 import os
 import pathlib
 import sys
@@ -128,6 +130,8 @@ def prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if importlib.util.find_spec("libtpu") and not any(glob.glob(f"/dev/{name}[0-9]*") for name in ("accel", "vfio/", "nvidia")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler is here without a TPU, which JAX would go looking for
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import chex
@@ -101,17 +102,19 @@ def _sampling(exp: Experiment, state: TrainState, frozen: PyTree, prompts: Promp
     first = Program("prefill", sharding.jit(prefill, mesh), given, _without(everything, given), False)
     full = tuple(shape(jnp.int32, decoded, width) for _ in range(3))
     _, cache = sharding.jit(prefill, mesh).eval_shape(policy, frozen, *full)
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cache_sharding(mesh, x.ndim)), cache)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_cache_sharding(mesh, x.shape)), cache)
     token, at = shape(jnp.int32, decoded), sharding.placed(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh))
     given = (policy, frozen, token, token, at, shape(jnp.bool_, decoded, slots), cache)
     step = sharding.jit(decode, mesh, donate=(6,))
     return [first, Program("decode", step, given, _without(everything, given), False, (new - 1) * -(-rows // decoded))]
 
 
-def _cache_sharding(mesh: Any, rank: int) -> Any:
-    """Of a cache leaf […, B, G, ·, ·]: rows and heads, as models/cache.py pins it."""
-    names = (*(None,) * (rank - 4), "batch", "kv_heads", None, None)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None if name is None else sharding.rules(mesh)[name] for name in names)))
+def _cache_sharding(mesh: Any, shape: tuple[int, ...]) -> Any:
+    """Of a cache leaf […, B, G, ·, ·]: rows, and heads where they divide, as models/cache.py pins it."""
+    rules, heads = sharding.rules(mesh), len(shape) - 3
+    whole = shape[heads] % math.prod(mesh.shape[axis] for axis in [rules["kv_heads"]] if axis)
+    names = (*(None,) * (heads - 1), "batch", None if whole else "kv_heads", None, None)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None if name is None else rules[name] for name in names)))
 
 
 def _training(exp: Experiment, state: TrainState, frozen: PyTree, batch: PyTree) -> list[Program]:
