@@ -25,6 +25,7 @@ from rlhf_jax.cli.main import script  # noqa: E402
 from rlhf_jax.compile import chips  # noqa: E402
 from rlhf_jax.errors import UserError, nearest  # noqa: E402
 from rlhf_jax.files import write_whole  # noqa: E402
+from rlhf_jax.launch import topologies  # noqa: E402
 
 SIZES: dict[str, dict[str, Any]] = {
     "8b": dict(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14_336),
@@ -70,10 +71,11 @@ def cell(objective: str, size: str, length: int, name: str) -> dict[str, Any]:
     from rlhf_jax.compile.plan import Planner
     from rlhf_jax.train.config import check
 
-    topology = chips.Topology.parse(name)
+    topology = topologies.parse(name)
     group = 8 if objective == "grpo" else 1
     checked, bound = check(config(objective, size, length, topology.chips * group), files=False)
-    planner = Planner(checked, bound, topology, topology.devices(), Cache(pathlib.Path(flags.FLAGS.workdir) / "cache"), print, (MAIN[objective],))
+    cache = Cache(pathlib.Path(flags.FLAGS.workdir) / "cache")
+    planner = Planner(checked, bound, topology, chips.devices(topology), cache, print, (MAIN[objective],))
     tried = []
     for one in planner.ranked()[:TRIES]:
         print(f"{objective} {size} {length} {name}: {one}", flush=True)
@@ -108,7 +110,8 @@ def main(_: list[str]) -> None:
                 raise UserError(f"{name!r} is none of {', '.join(legal)}{nearest(name, legal)}")
     if bad := [length for length in options.lengths if not length.isdigit() or int(length) <= 1024]:
         raise UserError(f"--lengths {bad[0]}: a number of tokens above 1024, which prompts take")
-    chips.prepare(chips.Topology.parse(options.topologies[0]))
+    for name in options.topologies:
+        chips.prepare(topologies.parse(name))
     folder, found = pathlib.Path(options.workdir) / "cells", []
     for length, size, objective, name in itertools.product(options.lengths, options.sizes, options.objectives, options.topologies):
         path = folder / f"{size}-{length}-{objective}-{name.replace(':', '-')}.json"

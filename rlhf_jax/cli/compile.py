@@ -44,11 +44,12 @@ def main() -> int:
     """Runs the command on parsed flags."""
     from rlhf_jax.compile import chips
     from rlhf_jax.errors import UserError
+    from rlhf_jax.launch import topologies
 
     config, options = loaded_config(), flags.FLAGS
     if not options.topology:
         raise UserError("--topology is missing: name the slice to compile for, e.g. --topology v5e:4x4")
-    topology = chips.Topology.parse(options.topology)
+    topology = topologies.parse(options.topology)
     chips.prepare(topology)
 
     from rlhf_jax.compile import tables
@@ -59,7 +60,7 @@ def main() -> int:
 
     checked, objective = check(config, files=False)
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlhf_jax" / "compile"
-    planner = Planner(checked, objective, topology, topology.devices(), Cache(home if options.cache else None), _say, tuple(options.programs))
+    planner = Planner(checked, objective, topology, chips.devices(topology), Cache(home if options.cache else None), _say, tuple(options.programs))
     tried = planner.search(options.best) if options.search else []
     plan = tried[0][1] if tried else planner.plan()
     if options.json == "-":
@@ -69,7 +70,7 @@ def main() -> int:
             print(f"note: {note}")
         for number, (candidate, other) in enumerate(tried, 1):
             print(f"{number}. {candidate}: {tables.verdict(other.found)}")
-        print(f"\n{topology}, {topology.chips} chips, mesh {dict(plan.mesh)}: {tables.verdict(plan.found)}\n")
+        print(f"\n{topology.name}, {topology.chips} chips, mesh {dict(plan.mesh)}: {tables.verdict(plan.found)}\n")
         print(tables.table(plan.found))
         print(f"\n{tables.LEGEND}\n")
         print(tables.collectives(plan.found))
@@ -79,7 +80,7 @@ def main() -> int:
     if options.json not in ("", "-"):
         pathlib.Path(options.json).write_text(json.dumps(plan.to_json(), indent=1) + "\n")
     if options.picture:
-        curves.save(tables.picture(plan.found, f"{topology}"), options.picture)
+        curves.save(tables.picture(plan.found, topology.name), options.picture)
     fits = all(one.fits for one in plan.found)
     if not fits and not options.search:
         print("\nit does not fit: `--search` tries the layouts that divide, and says which of them do", file=sys.stderr)

@@ -19,8 +19,9 @@ import jax
 
 from rlhf_jax.compile import costs, hlo
 from rlhf_jax.compile.cache import Cache
-from rlhf_jax.compile.chips import Topology
+from rlhf_jax.compile.chips import chip as of
 from rlhf_jax.compile.programs import Program
+from rlhf_jax.launch.topologies import Topology
 from rlhf_jax.types import PyTree
 
 BOUNDS = ("compute", "memory", "links")
@@ -109,13 +110,13 @@ def measure(program: Program, model: Program, topology: Topology, mesh: Mapping[
     lowered = traced.lower()
     executed = costs.flops(traced.jaxpr, loops) / topology.chips
     needed = costs.flops(model.fn.trace(*model.args).jaxpr, loops) / topology.chips
-    key = "\n".join((VERSION, version("jax"), version("libtpu"), str(topology), repr(program.beside), lowered.as_text()))
+    key = "\n".join((VERSION, version("jax"), version("libtpu"), topology.name, repr(program.beside), lowered.as_text()))
     found = cache.get(key, lambda: _compiled(program, lowered, topology, mesh, executed, needed).to_json())
     return dataclasses.replace(Measured.from_json(found), name=program.name, runs=program.runs, times=program.times)
 
 
 def _compiled(program: Program, lowered: Any, topology: Topology, mesh: Mapping[str, int], executed: float, needed: float) -> Measured:
-    chip, beside, start = topology.chip, shard_bytes(program.beside), time.monotonic()
+    chip, beside, start = of(topology), shard_bytes(program.beside), time.monotonic()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -8,12 +8,12 @@ from typing import Any
 
 from rlhf_jax import distributed
 from rlhf_jax.compile.cache import Cache
-from rlhf_jax.compile.chips import Topology
 from rlhf_jax.compile.measure import Measured, measure, total
 from rlhf_jax.compile.outline import outline
 from rlhf_jax.compile.programs import programs
 from rlhf_jax.compile.search import Candidate, candidates, search
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.launch.topologies import Topology
 from rlhf_jax.objectives import Objective
 from rlhf_jax.train.config import trained_rows
 
@@ -32,7 +32,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values: `programs.<name>` and the whole."""
         rows = {one.name: one.to_json() for one in self.found}
-        return {"topology": str(self.topology), "chips": self.topology.chips, "mesh": dict(self.mesh), **total(self.found), "programs": rows,
+        return {"topology": self.topology.name, "chips": self.topology.chips, "mesh": dict(self.mesh), **total(self.found), "programs": rows,
                 "notes": self.notes}
 
 
@@ -82,7 +82,7 @@ class Planner:
         found = []
         for program, model in zip(every, without, strict=True):
             if not self.only or program.name in self.only:
-                self.say(f"compiling {program.name} for {self.topology} …")
+                self.say(f"compiling {program.name} for {self.topology.name} …")
                 found.append(measure(program, model, self.topology, mesh.shape, loops, self.cache))
         return Plan(self.topology, mesh.shape, found, notes)
 

@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import sharding
+from rlhf_jax import objectives, sharding
 from rlhf_jax.models import Networks
 from rlhf_jax.train.assemble import Experiment
 from rlhf_jax.train.programs import Programs, for_step
@@ -129,14 +129,10 @@ def _training(exp: Experiment, state: TrainState, frozen: PyTree, batch: PyTree)
     update = functools.partial(make_update(exp.objective, exp.spec, exp.optimizer, exp.rate, microbatches=run["microbatches"]), passes=None)
     jitted = sharding.jit(update, mesh, donate=(0,), out_shardings=(exp.start.shardings.replace(online=_shardings(state.online)), None))
     found.append(Program("update", jitted, (state, frozen, part), (), False, run["epochs"] * run["minibatches"]))
-    return found if _prepares(exp) else found[1:]
+    # Offline, without a reference and without a `prepare` of its own, an objective has nothing to prepare.
+    own = "prepare" in vars(objectives.load(exp.objective.name))
+    return found if exp.online or own or "ref" in exp.frozen else found[1:]
 
 
 def _shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _prepares(exp: Experiment) -> bool:
-    """Whether anything runs before the update: a reference, or an objective's own passes."""
-    return exp.online or "ref" in exp.frozen or exp.objective.hyperparameters is None
-

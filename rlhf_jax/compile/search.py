@@ -15,8 +15,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.compile.chips import Topology
+from rlhf_jax.compile.chips import chip as of
 from rlhf_jax.compile.measure import Measured, total
+from rlhf_jax.launch.topologies import Topology
 from rlhf_jax.models import ModelConfig
 
 BEST = 3  # candidates that are compiled
@@ -72,7 +73,7 @@ def candidates(config: Mapping[str, Any], models: Mapping[str, ModelConfig], tra
             bound = _bound(models, trained, mesh, topology, rows * length, microbatches, remat)
             size = _bytes(models, trained, mesh, config["optimizer"]["moment_dtype"], rows * length // across // microbatches, remat)
             found.append(Candidate(mesh, microbatches, remat, bound, size))
-    return sorted(found, key=lambda one: (one.bytes > topology.chip.hbm, one.bound))
+    return sorted(found, key=lambda one: (one.bytes > of(topology).hbm, one.bound))
 
 
 def _powers(limit: int) -> list[int]:
@@ -106,7 +107,7 @@ def _parameters(model: ModelConfig) -> tuple[float, float]:
 
 def _bound(models: Mapping[str, ModelConfig], trained: Sequence[str], mesh: Mapping[str, Any], topology: Topology, tokens: int, microbatches: int,
            remat: str) -> float:
-    chip, chips, seconds, width = topology.chip, topology.chips, 0.0, 2.0  # bytes of what is gathered
+    chip, chips, seconds, width = of(topology), topology.chips, 0.0, 2.0  # bytes of what is gathered
     both = mesh["rules"] == "fsdp2d"
     held, tensor = mesh["fsdp"] * (mesh["tensor"] if both else 1), 1 if both else mesh["tensor"]
     for name, model in models.items():

@@ -10,32 +10,23 @@ import sys
 
 import pytest
 
-from rlhf_jax.compile.chips import CHIPS, Topology, prepare
+from rlhf_jax.compile.chips import CHIPS, prepare
 from rlhf_jax.errors import UserError
+from rlhf_jax.launch.topologies import GENERATIONS, parse
 from tests.train.runs import CONFIGS, ROOT, SMALL
 
 GIB = 2**30
 
 
-@pytest.mark.parametrize(("name", "chips"), [("v5e:4x4", 16), ("v6e:16x16", 256), ("v5p:4x4x4", 64), ("v5p:8x8x16", 1024), ("v4:2x2x4", 16)])
-def test_names_count_their_chips(name: str, chips: int) -> None:
-    topology = Topology.parse(name)
-    assert topology.chips == chips and str(topology) == name and topology.chip is CHIPS[name[: name.index(":")]]
-
-
-@pytest.mark.parametrize(("name", "said"), [
-    ("v5e-16", "write the chip and its torus"), ("v5x:4x4", r"none of v4, v5e, v5p, v6e; did you mean v5[ep]\?"),
-    ("v5p:4x4", "has 3 dimensions, e.g. v5p:4x4x4"), ("v5e:4x4x4", "has 2 dimensions"), ("v5e:0x4", "has 2 dimensions"), ("", "write the chip"),
-])
-def test_other_names_are_refused(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        Topology.parse(name)
+def test_every_generation_that_is_launched_has_its_chip() -> None:
+    assert CHIPS.keys() == GENERATIONS.keys()
+    assert CHIPS["v5p"].hbm == 95 * GIB and CHIPS["v5e"].hbm == 16 * GIB
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'rlhf-jax\[compile\]'"):
-        prepare(Topology.parse("v5e:4x4"))
+        prepare(parse("v5e:4x4"))
 
 
 def compiled(folder: pathlib.Path, *arguments: str) -> tuple[int, dict, str]:
@@ -47,10 +38,6 @@ def compiled(folder: pathlib.Path, *arguments: str) -> tuple[int, dict, str]:
     environment.pop("XLA_FLAGS", None)
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     return done.returncode, json.loads(path.read_text()) if path.exists() else {}, done.stderr
-
-
-def overrides(**values: object) -> list[str]:
-    return [f"--config.{key}={value}" for key, value in values.items()]
 
 
 def test_a_whole_iteration_of_grpo_for_a_tpu(tmp_path: pathlib.Path) -> None:
