@@ -9,7 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # devices are never read from the compilation cache: distributed.make_mesh.)
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",  # programs run for a moment, compiling takes longer
+    # Programs run for a moment, compiling takes longer.
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120", "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]).strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests"))
