@@ -100,7 +100,7 @@ def _rows() -> int:
     """The rows of a file."""
     options = flags.FLAGS
     if not COLDEST <= options.temperature < math.inf:
-        raise UserError(f"--temperature = {options.temperature}: must be finite and at least {COLDEST:g}, since it divides the logits")
+        raise UserError(f"--temperature = {options.temperature}: must be finite and above 0, at least {COLDEST:g}, since it divides the logits")
     output = pathlib.Path(options.output)
     if output.is_dir():
         raise UserError(f"--output = {options.output!r} is a folder: name a file")
