@@ -160,8 +160,8 @@ def hosts(config: Any) -> tuple[bool, int]:
       config: what a `get_config()` returned.
     """
     try:
-        mesh = _conform(plain(config)["mesh"], SCHEMA["mesh"], "config.mesh")
-    except (UserError, AttributeError, KeyError):
+        mesh = check(config, files=False)[0]["mesh"]
+    except UserError:
         return False, 1
     return mesh["multihost"], mesh["heartbeat"]
 

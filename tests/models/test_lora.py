@@ -150,7 +150,7 @@ def test_magnitudes_move_in_bfloat16() -> None:
 
 @functools.cache
 def fresh(settings: Lora | None) -> PyTree:
-    return tiny.jit(transformer.init, static_argnums=0)(config(settings, layers=2), jax.random.key(3))
+    return jax.jit(transformer.init, static_argnums=0, compiler_options=tiny.SHIPPED)(config(settings, layers=2), jax.random.key(3))
 
 
 def test_fresh_adapters_change_nothing() -> None:

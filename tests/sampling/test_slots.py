@@ -78,7 +78,7 @@ def test_eight_devices_refill_as_one_does(sizes: dict[str, int]) -> None:
     run = sharding.jit(lambda n, p: sampling.generate(n, p, jax.random.key(0), iteration=2, **how), mesh)
     placed = nets.replace(params=jax.device_put(nets.params, where)), distributed.to_global(batch, sharding.row_sharding(mesh))
     with tiny.uncached():
-        run = run.lower(*placed).compile(tiny.QUICK)
+        run = run.lower(*placed).compile(tiny.SHIPPED)
     same_rollout(jax.tree.map(np.asarray, run(*placed)), generate(batch, config=config, **{**how, "slots": 0}))
     heads = sizes.get("tensor", 1)
     (body,) = token_loops(run.as_text(), heads * 21 * 2 // heads * 4)
