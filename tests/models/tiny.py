@@ -19,7 +19,8 @@ from rlhf_jax.types import Array, PyTree, Sequences
 V = 17
 QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; the partitioner and every HLO pass run as ever
 jit = functools.partial(jax.jit, compiler_options=QUICK)
-SHIPPED = {**QUICK, "xla_cpu_use_fusion_emitters": True}  # where the compiled text is read, or bits of two programs compared: fused as outside the tests
+# Fused as outside the tests: where the compiled text is read, or the bits of two programs are compared.
+SHIPPED = {**QUICK, "xla_cpu_use_fusion_emitters": True}
 BASE = ModelConfig(
     vocab_size=V, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, context=64, rope_theta=100.0, norm_eps=1e-6, tied=False,
     dropout=0.0, param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none", logits_chunk=0,
