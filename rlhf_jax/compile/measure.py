@@ -139,9 +139,11 @@ def _compiled(program: Program, lowered: Any, topology: Topology, mesh: Mapping[
 
 
 def _wanted(said: str, least: int) -> int:
-    """The bytes that a program wanted, as the compiler says it when it gives up."""
-    match = re.search(r"Used ([\d.]+)([KMG]) of", said)
-    return max(least, int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])) if match else least
+    """The bytes that a program wanted, as the compiler says it when it gives up: all of them, or its temporaries alone."""
+    whole = re.search(r"Used ([\d.]+)([KMG]) of", said)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", said)
+    size = lambda match: int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])  # noqa: E731
+    return max(least, size(whole)) if whole else least + size(temporaries) if temporaries else least
 
 
 def breakdown(refused: str) -> list[tuple[int, str, str]]:

@@ -69,8 +69,10 @@ def test_llama_3_8b_at_4k_for_v5p(tmp_path: pathlib.Path) -> None:
 
 def test_what_does_not_fit_is_said_with_the_compilers_own_list(tmp_path: pathlib.Path) -> None:
     sizes = dict(hidden=4096, layers=2, heads=32, kv_heads=8, head_dim=128, mlp=14_336, vocab_size=128_256)
-    code, plan, _ = compiled(
-        tmp_path, f"--config={CONFIGS / 'sft'}.py:tiny", "--topology=v5e:1x1", "--programs=step", "--config.mesh.devices=0", "--config.mesh.fsdp=1",
+    code, plan, said = compiled(
+        tmp_path, f"--config={CONFIGS / 'sft'}.py:tiny", "--topology=v5e:2x2", "--programs=step", "--config.mesh.devices=0", "--config.mesh.data=4",
+        "--config.run.microbatches=1",
         *(f"--config.model.{key}={value}" for key, value in sizes.items()), "--config.model.compute_dtype=bfloat16")
     assert code == 3 and not plan["fits"] and plan["margin_bytes"] < 0
-    assert plan["programs"]["step"]["peak_bytes"] > 16 * GIB
+    assert plan["programs"]["step"]["peak_bytes"] > 24 * GIB  # 16.6 of parameters and moments, and what the compiler wanted besides
+    assert "--search" in said

@@ -65,6 +65,7 @@ def test_it_is_one_pass() -> None:
     assert twice - once > 0.9 * forward
 
 
+@pytest.mark.slow
 def test_other_parameters_and_other_rows_are_read_for_themselves() -> None:
     """A moving reference in the policy's place, and rows with equal tokens in another array."""
     seqs = rollout()

@@ -63,6 +63,7 @@ def test_a_run_takes_architecture_tokenizer_and_template_from_the_directory(dire
     assert outcome(tmp_path / "part") == outcome(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_reference_reward_and_critic_from_directories(directories, tmp_path: pathlib.Path) -> None:
     changes = {"init_from": directories("policy"), "reference_from": directories("policy"), "reward_from": directories("reward"), "reward_fn": "",
                "critic.kind": "separate", "critic.init_from": directories("reward"), "run.steps": 1, "run.epochs": 1, "run.minibatches": 1, **INHERIT}

@@ -108,6 +108,7 @@ def test_a_second_trace_is_noticed(tmp_path: pathlib.Path, monkeypatch: pytest.M
         sft(tmp_path)
 
 
+@pytest.mark.slow
 def test_seed_decides(finished: Any, tmp_path: pathlib.Path) -> None:
     result = json.loads((finished("sft") / "final.json").read_text())
     again = sft(tmp_path / "again")

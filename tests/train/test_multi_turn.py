@@ -177,6 +177,7 @@ def test_crash_and_resume(tmp_path: pathlib.Path) -> None:
     assert max(row["turns"] for row in rows(tmp_path / "whole" / "samples.jsonl")) > 1
 
 
+@pytest.mark.slow
 def test_eight_devices(rollouts: list[Rollout], tmp_path: pathlib.Path) -> None:
     """The same conversations and scores; parameters agree as far as the sums' order goes."""
     changes = {"run.batch_size": 16, "run.steps": 1, "env.halvings": 1}

@@ -134,6 +134,7 @@ def test_learned_reward_scores_the_rollouts_tokens(name: str, finished: Any, tmp
     assert [row["score"] for row in rows(tmp_path / "samples.jsonl")] == pytest.approx(direct, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_reward_with_another_tokenizer_reads_the_text(finished: Any, tmp_path: pathlib.Path, rollouts: list[Rollout]) -> None:
     """Each response is rendered and tokenized anew: the scores are those of the texts, whatever the policy's tokens were."""
     run = finished("reward_bpe")
@@ -167,7 +168,7 @@ def test_reward_normalisation(finished: Any, tmp_path: pathlib.Path) -> None:
     assert normalised == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["separate", "shared"])
+@pytest.mark.parametrize("kind", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
 def test_first_iteration(kind: str, tmp_path: pathlib.Path) -> None:
     """Before the first update the policy is its own reference and its own past: ratio 1, KL 0, nothing clipped. And a response without a
     stop token costs the penalty."""
@@ -193,6 +194,7 @@ def test_later_updates_move_the_ratio(fused: pathlib.Path) -> None:
     assert series(fused, "objective/kl")[1] != pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_adaptive_kl_coefficient(tmp_path: pathlib.Path) -> None:
     """c ← c · (1 + clip(KL / target − 1, ±0.2) · n / horizon), carried over iterations and in the checkpoint."""
     config = tiny("ppo", {**SHORT, "run.steps": 3, "checkpoint.keep": 3, "objective.kl_target": 1.0, "objective.kl_horizon": 64.0})

@@ -160,6 +160,7 @@ def test_a_network_that_gives_nan_meets_the_policy(
     assert all(row["failed"] == {"score": "gave nan"} and row["messages"] for row in sampled)
 
 
+@pytest.mark.slow
 def test_a_run_with_failures_resumes_bit_exact(tmp_path: pathlib.Path) -> None:
     changes = {**failing("nan_on_even", "mask"), "run.steps": 3, "validation.every": 1}
     run("grpo", tmp_path / "run", {**changes, "log.samples": 2})
