@@ -163,9 +163,7 @@ def _computations(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             lines = found.setdefault("ENTRY" if match[1] else match[2], [])
-        elif line.startswith("}"):
-            lines = None
-        elif lines is not None:
+        elif lines is not None:  # up to the next head: a kernel's own text within an instruction has lines of braces too
             lines.append(line)
     return found
 

@@ -25,7 +25,7 @@ from rlhf_jax.launch.topologies import Topology
 from rlhf_jax.types import PyTree
 
 BOUNDS = ("compute", "memory", "links")
-VERSION = "1"  # of what is read off a program
+VERSION = "2"  # of what is read off a program
 
 
 @dataclasses.dataclass(frozen=True)

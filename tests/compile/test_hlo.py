@@ -47,6 +47,9 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main.1 (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"body": {
+}
+}
   %loop = (s32[], f32[8]) while(%x), condition=%cond.1, body=%body.1
   %all = f32[100]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add.1
   %rows = f32[10]{0} reduce-scatter(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, to_apply=%add.1
