@@ -35,8 +35,8 @@ def _equation(eqn: Any, loops: int) -> float:
         return 2.0 * math.prod(left) * right[-1]
     if name == "scan":
         return params["length"] * flops(params["jaxpr"], loops)
-    if name == "while":
-        return loops * flops(params["body_jaxpr"], loops)
+    if name == "while":  # one within it shares its runs: the sampler goes through its tokens chunk by chunk
+        return loops * flops(params["body_jaxpr"])
     if name == "cond":
         return max(flops(branch, loops) for branch in params["branches"])
     if name == "pallas_call":

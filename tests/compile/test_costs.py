@@ -29,6 +29,9 @@ def test_a_while_loop_runs_as_often_as_one_is_told_and_of_branches_the_dearest_c
     x = jnp.ones((4, 4))
     body = lambda c: (c[0] + 1, c[1] @ x)  # noqa: E731
     assert costs.flops(jax.make_jaxpr(lambda: jax.lax.while_loop(lambda c: c[0] < 3, body, (0, x)))(), loops=11) == 11 * 2 * 64
+    chunk = lambda c: (c[0], jax.lax.while_loop(lambda c: c[0] < 3, body, c)[1])  # noqa: E731
+    nested = jax.make_jaxpr(lambda: jax.lax.while_loop(lambda c: c[0] < 3, chunk, (0, x)))
+    assert costs.flops(nested(), loops=11) == 11 * 2 * 64, "chunks of tokens are the tokens"
     branches = lambda i: jax.lax.cond(i, lambda: x @ x @ x, lambda: x)  # noqa: E731
     assert costs.flops(jax.make_jaxpr(branches)(True)) == 2 * 2 * 64
 
